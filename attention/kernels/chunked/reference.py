@@ -1,0 +1,45 @@
+"""Linear attention as it is defined: one step at a time, in float32."""
+
+import jax
+import jax.numpy as jnp
+
+from attention.kernels import arguments
+
+
+def chunked_linear_attention(q, k, v, *, decay=None, s0=None,
+                             segment_ids=None, segment_id0=None,
+                             normalize=None):
+  """`attention.kernels.chunked.chunked_linear_attention`, step by step."""
+  dtype = v.dtype
+  q, k, v = (array.astype(jnp.float32) for array in (q, k, v))
+  batch, time, groups, width = k.shape
+  q = q.reshape(batch, time, groups, -1, width)
+  S = jnp.zeros((batch, groups, width, v.shape[-1]))
+  z = jnp.zeros((batch, groups, width))
+  if s0 is not None:
+    S, z = s0 if normalize is not None else (s0, z)
+  decay = jnp.zeros(groups) if decay is None else decay.astype(jnp.float32)
+  decay = jnp.broadcast_to(decay, (batch, time, groups))
+  starts = arguments.segment_starts(segment_ids, segment_id0)
+  if starts is None:
+    starts = jnp.zeros((batch, time), bool)
+
+  def step(state, inputs):
+    S, z = state
+    q, k, v, decay, start = inputs
+    S = jnp.where(start[:, None, None, None], 0.0, S)
+    z = jnp.where(start[:, None, None], 0.0, z)
+    kept = jnp.exp(decay)
+    S = kept[..., None, None] * S + k[..., :, None] * v[..., None, :]
+    z = kept[..., None] * z + k
+    y = jnp.einsum('BKGH,BKHV->BKGV', q, S, precision='highest')
+    if normalize is not None:
+      denominator = jnp.einsum('BKGH,BKH->BKG', q, z, precision='highest')
+      y = y / (denominator[..., None] + normalize)
+    return (S, z), y
+
+  inputs = (q, k, v, decay, starts)
+  time_first = jax.tree.map(lambda array: array.swapaxes(0, 1), inputs)
+  (S, z), y = jax.lax.scan(step, (S, z), time_first)
+  y = y.swapaxes(0, 1).reshape(batch, time, -1, v.shape[-1])
+  return y.astype(dtype), (S if normalize is None else (S, z))

@@ -1,0 +1,176 @@
+"""Softmax attention that never stores its scores: the op and its gradient.
+
+An implementation is a module of this package with
+
+  check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink, q_offset)
+  forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window, softcap)
+    -> (out [B,T,N,V], lse [B,N,T])
+  backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale, causal,
+           window, softcap) -> (dq, dk, dv)
+
+where backward computes p = exp(s - lse) and ds = p * (dout v^T - delta). The
+sink and the gradient of lse are handled here, once: both only change the lse
+and the delta that backward is called with.
+"""
+
+import functools
+import operator
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attention.kernels import dispatch
+
+IMPLEMENTATIONS = ('xla', 'plain', 'tpu', 'gpu', 'cudnn')
+
+# exp of more overflows float32. A row whose tokens hold e^-80 of the mass has
+# p = 0 to float32, so that the clamped value is never seen.
+_MAX_EXPONENT = 80.0
+
+
+class _Call(NamedTuple):
+  module: types.ModuleType
+  options: tuple  # of (name, value): scale, causal, window, softcap
+  q_offset: int | None  # None: it is an array
+
+
+def flash_attention(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K V'],
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    segment_ids: (
+        Int[Array, 'B T'] | tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None
+    ) = None,
+    sink: Float[Array, 'N'] | None = None,
+    q_offset: int | Int[Array, ''] = 0,
+    implementation: str = 'auto',
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N T']]:
+  """Attends from q to k and v, with s_ij = scale * q_i k_j before the mask.
+
+  Query head n reads key and value head n // (N / K). A query that sees no key
+  gets output 0, lse -inf and zero gradients.
+
+  Args:
+    q: queries.
+    k: keys, of the dtype of q.
+    v: values, of the dtype of q.
+    scale: factor of the scores.
+    causal: query i sees key j only if j <= i + q_offset.
+    window: 0, or the number of tokens seen, oneself included:
+      j > i + q_offset - window. Needs causal.
+    softcap: 0, or the bound c of the scores: s <- c tanh(s / c).
+    segment_ids: one array for queries and keys (T == S) or a pair of them; a
+      query sees the keys of its own id alone.
+    sink: lambda, log of a constant in each head's denominator:
+      p_ij = e^{s_ij} / (e^lambda + sum_j e^{s_ij}).
+    q_offset: position of the first query counted from the first key, an int
+      (blocks are skipped at compile time) or an int32 scalar.
+    implementation: 'auto' or one of IMPLEMENTATIONS.
+
+  Returns:
+    out, in the dtype of q, and lse, the log-sum-exp of each query's visible
+    scores without the sink, in float32. Both are differentiable.
+
+  Raises:
+    ValueError: arguments that contradict each other.
+    NotImplementedError: the named implementation cannot do what is asked.
+  """
+  _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink)
+  if segment_ids is not None and not isinstance(segment_ids, (tuple, list)):
+    segment_ids = (segment_ids, segment_ids)
+  if not isinstance(q_offset, jax.Array):
+    q_offset = operator.index(q_offset)
+  options = dict(scale=float(scale), causal=bool(causal), window=int(window),
+                 softcap=float(softcap))
+  module = dispatch.select(
+      __name__, implementation, IMPLEMENTATIONS, q, k, v, **options,
+      segment_ids=segment_ids, sink=sink, q_offset=q_offset)
+  static = isinstance(q_offset, int)
+  call = _Call(module, tuple(options.items()), q_offset if static else None)
+  q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
+  return _attend(call, q, k, v, q_ids, kv_ids, sink,
+                 None if static else q_offset)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call, q, k, v, q_ids, kv_ids, sink, q_offset):
+  return _attend_forward(call, q, k, v, q_ids, kv_ids, sink, q_offset)[0]
+
+
+def _attend_forward(call, q, k, v, q_ids, kv_ids, sink, q_offset):
+  offset = call.q_offset if q_offset is None else q_offset
+  out, lse = call.module.forward(
+      q, k, v, q_ids, kv_ids, offset, **dict(call.options))
+  if sink is not None:
+    kept = jax.nn.sigmoid(lse - sink.astype(lse.dtype)[:, None])
+    # An empty row against a sink of -inf would be inf - inf.
+    kept = jnp.where(jnp.isneginf(lse), 0.0, kept)
+    out = (out * jnp.swapaxes(kept, 1, 2)[..., None]).astype(q.dtype)
+  return (out, lse), (q, k, v, q_ids, kv_ids, sink, q_offset, out, lse)
+
+
+def _attend_backward(call, residuals, cotangents):
+  q, k, v, q_ids, kv_ids, sink, q_offset, out, lse = residuals
+  dout, dlse = cotangents
+  offset = call.q_offset if q_offset is None else q_offset
+  delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
+  delta = jnp.swapaxes(delta, 1, 2)
+  finite_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+  dsink = None
+  if sink is None:
+    backward_lse = finite_lse
+    backward_delta = delta - dlse
+  else:
+    log_sink = sink.astype(lse.dtype)[:, None]
+    backward_lse = jnp.logaddexp(lse, log_sink)
+    backward_lse = jnp.where(jnp.isneginf(backward_lse), 0.0, backward_lse)
+    dsink = -jnp.sum(jnp.exp(log_sink - backward_lse) * delta, axis=(0, 2))
+    dsink = dsink.astype(sink.dtype)
+    backward_delta = delta - dlse * jnp.exp(
+        jnp.minimum(backward_lse - finite_lse, _MAX_EXPONENT))
+  dq, dk, dv = call.module.backward(
+      q, k, v, q_ids, kv_ids, offset, dout, backward_lse, backward_delta,
+      **dict(call.options))
+  return dq, dk, dv, None, None, dsink, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink):
+  """Raises ValueError for what no implementation could mean."""
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K) or v.ndim != 4:
+    raise ValueError(
+        f'k {k.shape} and v {v.shape} must be [B,S,K,H] and [B,S,K,V] for q '
+        f'[B,T,N,H] = {q.shape}')
+  if N % K:
+    raise ValueError(f'the heads of k ({K}) must divide those of q ({N})')
+  if not q.dtype == k.dtype == v.dtype:
+    raise ValueError(
+        f'q, k and v must share a dtype, not {q.dtype}, {k.dtype}, {v.dtype}: '
+        'cast them')
+  if window < 0 or (window and not causal):
+    raise ValueError(
+        f'window ({window}) must be 0 (none) or positive with causal=True')
+  if softcap < 0:
+    raise ValueError(f'softcap ({softcap}) must be positive, or 0 for none')
+  if sink is not None and sink.shape != (N,):
+    raise ValueError(f'sink {sink.shape} must have one entry a head: ({N},)')
+  if segment_ids is None:
+    return
+  pair = isinstance(segment_ids, (tuple, list))
+  shapes = tuple(x.shape for x in (segment_ids if pair else [segment_ids] * 2))
+  if shapes != ((B, T), (B, S)):
+    raise ValueError(
+        f'segment_ids {shapes} must be [B,T] and [B,S] = {(B, T)}, {(B, S)}: '
+        'give a pair where T != S')

@@ -1,0 +1,276 @@
+"""Memory-efficient attention in plain jnp, shaped for XLA on CPU.
+
+One (batch, key head) pair at a time, so that a tile of scores stays in a
+core's cache; query blocks by key blocks, with loop bounds that skip what the
+mask empties, and no mask on tiles that are fully visible. The online softmax is
+Milakov and Gimelshein's (https://arxiv.org/abs/1805.02867), the backward pass
+that of FlashAttention (https://arxiv.org/abs/2205.14135).
+
+Tiles are [queries, keys] in the forward pass and [keys, queries] in the
+backward pass: with these, no matmul reads its left side transposed, which
+takes XLA:CPU twice the time.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from attention.kernels.flash import plain
+from attention.kernels.flash.plain import check
+
+__all__ = ['backward', 'check', 'forward']
+
+# Rows (queries times heads of a group) and columns of a tile, and the largest
+# number of scores of a head that is not cut into tiles.
+ROWS = 512
+COLUMNS = 512
+SINGLE_TILE = 512 * 1024
+
+
+def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
+            softcap):
+  """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
+  B, T, N, _ = q.shape
+  S, K = k.shape[1:3]
+  G = N // K
+  if G * T * S <= SINGLE_TILE or T == 1:
+    return plain.forward(q, k, v, q_ids, kv_ids, q_offset, scale=scale,
+                         causal=causal, window=window, softcap=softcap)
+  tiles = _Tiles(T, S, G, q_offset, causal, window, q_ids is not None)
+  accumulator = jnp.promote_types(q.dtype, jnp.float32)
+
+  def one_head(operands):
+    q, k, v, q_ids, kv_ids = operands
+
+    def one_block(operands):
+      i, q, q_ids = operands
+
+      def one_tile(masked, j, carry):
+        acc, top, total = carry
+        keys = _block(k, j, tiles.columns)
+        s = _scores(q, keys, scale, softcap)[0]
+        if masked:
+          seen = tiles.seen(i, j, q_ids, kv_ids)
+          s = jnp.where(jnp.tile(seen, (G, 1)), s, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(s, axis=1))
+        shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
+        p = jnp.exp(s - shift[:, None])
+        kept = jnp.exp(top - shift)
+        total = total * kept + jnp.sum(p, axis=1)
+        values = _block(v, j, tiles.columns)
+        acc = acc * kept[:, None] + _dot(p.astype(v.dtype), values, 1, 0)
+        return acc, new_top, total
+
+      rows = q.shape[0]
+      carry = (jnp.zeros_like(q, accumulator, shape=(rows, v.shape[1])),
+               jnp.full_like(q, -jnp.inf, accumulator, shape=(rows,)),
+               jnp.zeros_like(q, accumulator, shape=(rows,)))
+      acc, top, total = tiles.loop(tiles.keys_of(i), one_tile, carry)
+      out = acc / jnp.where(total == 0, 1.0, total)[:, None]
+      return out.astype(q.dtype), top + jnp.log(total)
+
+    return jax.lax.map(one_block, (tiles.row_blocks(), q, q_ids))
+
+  operands = (tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v),
+              *tiles.split_ids(q_ids, kv_ids, K))
+  out, lse = jax.lax.map(one_head, operands)
+  lse = tiles.join_queries(lse[..., None], B)[..., 0]
+  return tiles.join_queries(out, B), jnp.swapaxes(lse, 1, 2)
+
+
+def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
+             causal, window, softcap):
+  """Returns the gradients of q, k and v; see the package."""
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  G = N // K
+  if G * T * S <= SINGLE_TILE or T == 1:
+    return plain.backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta,
+                          scale=scale, causal=causal, window=window,
+                          softcap=softcap)
+  tiles = _Tiles(T, S, G, q_offset, causal, window, q_ids is not None)
+  accumulator = jnp.promote_types(q.dtype, jnp.float32)
+
+  def one_head(operands):
+    q, k, v, q_ids, kv_ids, dout, lse, delta = operands
+
+    def one_block(dq, operands):
+      j, keys, values = operands
+      keys_transposed = keys.T
+
+      def one_tile(masked, i, carry):
+        dq, dk, dv = carry
+        s, slope = _scores(keys, q[i], scale, softcap)
+        p = jnp.exp(s - lse[i])
+        if masked:
+          seen = tiles.seen(i, j, None if q_ids is None else q_ids[i], kv_ids)
+          p = jnp.where(jnp.tile(seen.T, (1, G)), p, 0.0)
+        dp = _dot(values, dout[i], 1, 1)
+        ds = (p * (dp - delta[i]) * slope).astype(q.dtype)
+        dv += _dot(p.astype(q.dtype), dout[i], 1, 0)
+        dk += _dot(ds, q[i], 1, 0)
+        dq = dq.at[i].add(_dot(keys_transposed, ds, 1, 0))
+        return dq, dk, dv
+
+      carry = (dq, jnp.zeros_like(keys, accumulator),
+               jnp.zeros_like(values, accumulator))
+      dq, dk, dv = tiles.loop(tiles.queries_of(j), one_tile, carry)
+      return dq, ((dk * scale).astype(q.dtype), dv.astype(q.dtype))
+
+    blocks, rows, _ = q.shape
+    dq = jnp.zeros_like(q, accumulator, shape=(blocks, H, rows))
+    shape = (tiles.n_columns, tiles.columns, -1)
+    dq, (dk, dv) = jax.lax.scan(
+        one_block, dq,
+        (jnp.arange(tiles.n_columns), k.reshape(shape), v.reshape(shape)))
+    dq = jnp.swapaxes(dq * scale, 1, 2).astype(q.dtype)
+    return dq, dk, dv
+
+  operands = (tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v),
+              *tiles.split_ids(q_ids, kv_ids, K), tiles.split_queries(dout),
+              *(tiles.split_queries(jnp.swapaxes(x, 1, 2)[..., None])[..., 0]
+                for x in (lse, delta)))
+  dq, dk, dv = jax.lax.map(one_head, operands)
+  return (tiles.join_queries(dq, B), tiles.join_keys(dk, B),
+          tiles.join_keys(dv, B))
+
+
+class _Tiles:
+  """How queries and keys are cut, and which tiles are empty, full or mixed."""
+
+  def __init__(self, T, S, G, q_offset, causal, window, segmented):
+    self.T, self.S, self.G = T, S, G
+    self.q_offset, self.causal, self.window = q_offset, causal, window
+    self.segmented = segmented
+    self.n_rows, self.rows = _cut(T, max(ROWS // G, 1))
+    self.n_columns, self.columns = _cut(S, COLUMNS)
+
+  def row_blocks(self):
+    return jnp.arange(self.n_rows)
+
+  def keys_of(self, i):
+    """Bounds (first, first full, end of full, end) of key blocks of block i."""
+    first = i * self.rows + self.q_offset
+    last = first + self.rows - 1
+    start = full_start = 0
+    end, full_end = self.S, self.S
+    if self.causal:
+      end, full_end = jnp.clip(last + 1, 0, end), jnp.minimum(first + 1, end)
+    if self.window:
+      start = jnp.clip(first - self.window + 1, 0, end)
+      full_start = last - self.window + 1
+    return self._bounds(start, full_start, full_end, end, self.columns,
+                        self.n_columns)
+
+  def queries_of(self, j):
+    """The same of query blocks, for key block j."""
+    first = j * self.columns - self.q_offset
+    last = first + self.columns - 1
+    start = full_start = 0
+    end = full_end = self.n_rows * self.rows
+    if self.causal:
+      start, full_start = jnp.clip(first, 0, end), last
+    if self.window:
+      end = jnp.clip(last + self.window, 0, end)
+      full_end = first + self.window
+    # Padded keys must not reach dq; padded queries have zero cotangents.
+    full_end = jnp.where((j + 1) * self.columns > self.S, 0, full_end)
+    return self._bounds(start, full_start, full_end, end, self.rows,
+                        self.n_rows)
+
+  def _bounds(self, start, full_start, full_end, end, size, count):
+    first, stop = start // size, jnp.minimum((end + size - 1) // size, count)
+    stop = jnp.maximum(first, stop)
+    if self.segmented:
+      return first, stop, stop, stop
+    full_first = jnp.clip((full_start + size - 1) // size, first, stop)
+    return first, full_first, jnp.clip(full_end // size, full_first, stop), stop
+
+  def loop(self, bounds, one_tile, carry):
+    """Runs the full tiles without a mask, then those at the edges with it."""
+    first, full_first, full_stop, stop = bounds
+    if not self.segmented:
+      carry = jax.lax.fori_loop(
+          full_first, full_stop, lambda j, c: one_tile(False, j, c), carry)
+    before = full_first - first
+
+    def edge(n, carry):
+      skipped = jnp.where(n < before, first, full_stop - before)
+      return one_tile(True, n + skipped, carry)
+
+    return jax.lax.fori_loop(0, before + stop - full_stop, edge, carry)
+
+  def seen(self, i, j, q_ids, kv_ids):
+    """The mask [rows, columns] of one tile."""
+    row = i * self.rows + jnp.arange(self.rows) + self.q_offset
+    column = j * self.columns + jnp.arange(self.columns)
+    seen = plain.visible(row, column, None, None, self.causal, self.window)
+    if self.n_columns * self.columns != self.S:
+      seen &= column < self.S
+    if q_ids is not None:
+      seen &= q_ids[:, None] == _block(kv_ids, j, self.columns)
+    return seen
+
+  def split_queries(self, x):
+    """[B,T,N,X] -> [B K, blocks, G rows, X]."""
+    B, _, N, X = x.shape
+    x = _pad(x, self.n_rows * self.rows)
+    x = x.reshape(B, self.n_rows, self.rows, N // self.G, self.G, X)
+    x = jnp.transpose(x, (0, 3, 1, 4, 2, 5))
+    return x.reshape(-1, self.n_rows, self.G * self.rows, X)
+
+  def join_queries(self, x, B):
+    """[B K, blocks, G rows, X] -> [B,T,N,X]."""
+    X = x.shape[-1]
+    x = x.reshape(B, -1, self.n_rows, self.G, self.rows, X)
+    x = jnp.transpose(x, (0, 2, 4, 1, 3, 5))
+    return x.reshape(B, self.n_rows * self.rows, -1, X)[:, :self.T]
+
+  def split_keys(self, x):
+    """[B,S,K,X] -> [B K, padded S, X]."""
+    x = jnp.swapaxes(_pad(x, self.n_columns * self.columns), 1, 2)
+    return x.reshape(-1, *x.shape[2:])
+
+  def join_keys(self, x, B):
+    """[B K, blocks, columns, X] -> [B,S,K,X]."""
+    x = x.reshape(B, -1, self.n_columns * self.columns, x.shape[-1])
+    return jnp.swapaxes(x, 1, 2)[:, :self.S]
+
+  def split_ids(self, q_ids, kv_ids, K):
+    """[B,T], [B,S] -> [B K, blocks, rows], [B K, padded S]."""
+    if q_ids is None:
+      return None, None
+    q_ids = _pad(q_ids, self.n_rows * self.rows)
+    q_ids = q_ids.reshape(-1, self.n_rows, self.rows)
+    kv_ids = _pad(kv_ids, self.n_columns * self.columns)
+    return jnp.repeat(q_ids, K, axis=0), jnp.repeat(kv_ids, K, axis=0)
+
+
+def _scores(a, b, scale, softcap):
+  """Scores of two blocks and d score / d (scale a b), 1 without a softcap."""
+  s = _dot(a, b, 1, 1) * scale
+  if not softcap:
+    return s, 1.0
+  bounded = jnp.tanh(s / softcap)
+  return softcap * bounded, 1 - bounded * bounded
+
+
+def _dot(a, b, a_axis, b_axis):
+  return jax.lax.dot_general(
+      a, b, (((a_axis,), (b_axis,)), ((), ())),
+      preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _block(x, index, size):
+  return jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+
+def _cut(length, block):
+  """Number and size of blocks of about `block` with the least padding."""
+  count = -(-length // block)
+  size = -(-length // count)
+  return count, min(-(-size // 16) * 16, block)
+
+
+def _pad(x, length):
+  return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
