@@ -1,0 +1,54 @@
+"""Causal multi-head attention (Vaswani et al. 2017) and what grew on it.
+
+  s_ij = q_i . k_j / sqrt(H),  y_i = sum_j softmax_j(s_ij) v_j,  j <= i
+
+with grouped queries, rotary positions, qk norm, softcap, a window and an
+off-by-one softmax by flag. Time O(T^2), or O(T W) with a window of W; the
+state is the keys and values of all tokens, or of the last W - 1.
+"""
+
+import dataclasses
+
+from flax import nnx
+
+from attention.common import options as flags
+from attention.common.softmax import Softmax, kv_heads
+from model.layers import Einsum
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
+              flags.Window, flags.Lobo, flags.Flash):
+  pass
+
+
+class Attention(nnx.Module):
+
+  def __init__(self, config, options, *, rngs):
+    D, N, K = config.n_embd, config.n_head, kv_heads(config, options)
+    if D % N:
+      raise ValueError(f'n_head ({N}) must divide n_embd ({D})')
+    H = D // N
+    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
+    self.query = Einsum('BTD,DNH->BTNH', (D, N, H),
+                        axes=('embed', 'heads', None), **dense)
+    self.key = Einsum('BTD,DKH->BTKH', (D, K, H),
+                      axes=('embed', 'kv_heads', None), **dense)
+    self.value = Einsum('BTD,DKV->BTKV', (D, K, H),
+                        axes=('embed', 'kv_heads', None), **dense)
+    self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=H)
+    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
+    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
+                      axes=('heads', None, 'embed'), **dense)
+
+  def __call__(self, x, ctx, state=None):
+    y, state = self.softmax(
+        self.query(x), self.key(x), self.value(x), ctx, state)
+    return self.out(y), state
+
+  def init_state(self, batch, length):
+    return self.softmax.init_state(batch, length)
+
+  def flops(self, length):
+    dense = (self.query, self.key, self.value, self.out)
+    return sum(e.flops for e in dense) + self.softmax.flops(length)

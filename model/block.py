@@ -1,0 +1,24 @@
+"""One layer: x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+from flax import nnx
+
+import attention
+from model import mlp
+from model.layers import norm
+
+
+class Block(nnx.Module):
+
+  def __init__(self, config, kind, *, rngs):
+    self.rate = config.dropout
+    self.mixer_norm = norm(config, config.n_embd)
+    self.mixer = attention.build(kind, config, rngs=rngs)
+    self.mlp_norm = norm(config, config.n_embd)
+    self.mlp = mlp.build(config, rngs=rngs)
+
+  def __call__(self, x, ctx, state=None):
+    y, state = self.mixer(self.mixer_norm(x), ctx, state)
+    x = x + ctx.dropout(y, self.rate, salt=0)
+    y = self.mlp(self.mlp_norm(x))
+    x = x + ctx.dropout(y, self.rate, salt=1)
+    return ctx.constrain(x, 'batch', None, None), state

@@ -1,0 +1,35 @@
+"""Tokens (and learned positions) to vectors, and vectors to logits."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.layers import param
+
+
+class Embed(nnx.Module):
+
+  def __init__(self, config, vocab_size, *, rngs):
+    normal = lambda *shape: config.init_std * jax.random.normal(
+        rngs.params(), shape)
+    D = config.n_embd
+    self.dtype = config.compute_dtype
+    self.tokens = param(normal(vocab_size, D), 'vocab', 'embed')
+    self.positions = param(
+        normal(config.block_size, D), None, 'embed'
+    ) if config.use_abs_pos_embeddings else None
+    self.head = None if config.tie_embeddings else param(
+        normal(vocab_size, D), 'vocab', 'embed')
+
+  def __call__(self, tokens, positions):
+    """int32 [B,T] twice -> [B,T,D] in the compute dtype."""
+    x = self.tokens[...][tokens]
+    if self.positions is not None:
+      x += self.positions[...][positions]
+    return x.astype(self.dtype)
+
+  def logits(self, x):
+    """[..., D] -> float32 [..., vocab]."""
+    head = self.tokens if self.head is None else self.head
+    return jnp.einsum('...D,vD->...v', x, head[...].astype(x.dtype),
+                      preferred_element_type=jnp.float32)

@@ -1,0 +1,130 @@
+"""Continues token sequences with the state of the model's mixers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Tokens of one jitted loop, between two of which the host sees them.
+CHUNK = 16
+
+
+def check(*, temperature, top_k, top_p, num_samples=1, max_new_tokens=1):
+  """Raises ValueError for sampling flags out of range."""
+  if temperature < 0:
+    raise ValueError(f'temperature ({temperature}) must be 0 or more')
+  if top_k is not None and top_k < 1:
+    raise ValueError(f'top_k ({top_k}) must be positive, or none for all')
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ValueError(f'top_p ({top_p}) must be in (0, 1], or none for all')
+  if num_samples < 1 or max_new_tokens < 1:
+    raise ValueError(f'num_samples ({num_samples}) and max_new_tokens '
+                     f'({max_new_tokens}) must be at least 1')
+
+
+def choose(logits, key, *, temperature=1.0, top_k=None, top_p=None):
+  """Draws a token from each row of logits.
+
+  Args:
+    logits: float32 [B,vocab].
+    key: random key.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw from this many likeliest tokens.
+    top_p: draw from the fewest likeliest tokens whose probabilities add up
+      to at least this (Holtzman et al. 2020).
+
+  Returns:
+    int32 [B].
+  """
+  if temperature == 0:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+  logits = logits / temperature
+  if top_k is not None and top_k < logits.shape[-1]:
+    least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if top_p is not None and top_p < 1:
+    ordered = jnp.sort(logits, -1, descending=True)
+    p = jax.nn.softmax(ordered, -1)
+    before = jnp.cumsum(p, -1) - p
+    least = jnp.min(
+        jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=('length', 'rule'))
+def _prefill(model, tokens, lengths, key, *, length, rule):
+  """Reads left-padded prompts [B,P] and draws the token after each."""
+  B, P = tokens.shape
+  positions = jnp.arange(P) - (P - lengths[:, None])
+  # The padding is a document of its own, which no mixer lets a prompt see.
+  hidden, state = model.hidden(
+      tokens, positions=jnp.maximum(positions, 0),
+      segment_ids=(positions >= 0).astype(jnp.int32),
+      state=model.init_state(B, length))
+  drawn = choose(model.logits(hidden[:, -1]), key, **dict(rule))
+  return drawn, state
+
+
+@functools.partial(
+    jax.jit, static_argnames=('steps', 'rule'), donate_argnames=('state',))
+def _decode(model, state, token, position, key, *, steps, rule):
+  """Draws `steps` tokens, [steps,B], one after another."""
+  def step(carry, key):
+    state, token, position = carry
+    hidden, state = model.hidden(
+        token[:, None], positions=position[:, None],
+        segment_ids=jnp.ones_like(token)[:, None], state=state)
+    token = choose(model.logits(hidden[:, 0]), key, **dict(rule))
+    return (state, token, position + 1), token
+
+  (state, token, position), tokens = jax.lax.scan(
+      step, (state, token, position), jax.random.split(key, steps))
+  return state, token, position, tokens
+
+
+def generate(model, prompts, *, max_new_tokens, key, temperature=1.0,
+             top_k=None, top_p=None):
+  """Yields int arrays [B,n] of new tokens, a few at a time.
+
+  A prompt longer than the model's block_size keeps its last block_size
+  tokens. When the context is full, its later half is read anew and the
+  decoding goes on from there.
+
+  Args:
+    model: a Transformer.
+    prompts: B sequences of token ids, of any lengths from 1.
+    max_new_tokens: how many tokens to add to each.
+    key: random key; the same one gives the same tokens.
+    temperature, top_k, top_p: as in `choose`.
+  """
+  check(temperature=temperature, top_k=top_k, top_p=top_p,
+        max_new_tokens=max_new_tokens)
+  rule = (('temperature', temperature), ('top_k', top_k), ('top_p', top_p))
+  size = model.block_size
+  contexts = [list(map(int, p))[-size:] for p in prompts]
+  if not all(contexts):
+    raise ValueError('a prompt has no tokens: give at least one')
+  left = max_new_tokens
+  while left:
+    lengths = np.array([len(c) for c in contexts], np.int32)
+    # Powers of two, so that few prompt lengths mean few compilations.
+    padded = min(1 << int(lengths.max() - 1).bit_length(), size)
+    tokens = np.stack([np.pad(c, (padded - len(c), 0)) for c in contexts])
+    steps = min(left - 1, size - int(lengths.max()))
+    key, first, *keys = jax.random.split(key, 2 + -(-steps // CHUNK))
+    token, state = _prefill(
+        model, tokens.astype(np.int32), lengths, first,
+        length=padded + -(-steps // CHUNK) * CHUNK, rule=rule)
+    new, position = [np.asarray(token)[:, None]], jnp.asarray(lengths)
+    yield new[0]
+    for i, chunk_key in enumerate(keys):
+      state, token, position, drawn = _decode(
+          model, state, token, position, chunk_key, steps=CHUNK, rule=rule)
+      new.append(np.asarray(drawn).T[:, :steps - i * CHUNK])
+      yield new[-1]
+    added = np.concatenate(new, 1)
+    left -= added.shape[1]
+    contexts = [(c + list(a))[-max(size // 2, 1):]
+                for c, a in zip(contexts, added)]

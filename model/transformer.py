@@ -1,0 +1,144 @@
+"""A decoder-only transformer whose layers mix tokens in any of several ways."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import attention
+from model.block import Block
+from model.embed import Embed
+from model.layers import Context, norm, pick, segment_positions
+
+REMAT = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def check(config):
+  """Raises ValueError for a config from which no model can be built."""
+  for flag in ('n_layer', 'n_head', 'n_embd', 'block_size'):
+    if config[flag] < 1:
+      raise ValueError(f'{flag} ({config[flag]}) must be at least 1')
+  if not config.vocab_size:
+    raise ValueError('vocab_size is not set: give the number of token ids, '
+                     'which the trainer takes from the dataset')
+  if not 0 <= config.dropout < 1:
+    raise ValueError(f'dropout ({config.dropout}) must be in [0, 1)')
+  pick('compute_dtype', config.compute_dtype, DTYPES)
+  attention.check(config)
+
+
+class Transformer(nnx.Module):
+  """Embedding, pre-norm blocks, final norm, head.
+
+  The layers are one period of kinds (attention_list, or the one
+  attention_variant) repeated. The repetitions are stacked and scanned, so
+  that compile time does not grow with depth; what is left of the last one
+  (`tail`) is unrolled.
+  """
+
+  def __init__(self, config, *, rngs):
+    check(config)
+    kinds = attention.layer_kinds(config)
+    period = kinds[:len(config.attention_list or (None,))]
+    self.repeats = repeats = config.n_layer // len(period)
+    self.remat = config.remat
+    self.unroll = config.scan_unroll or repeats
+    self.rate = config.dropout
+    self.vocab_size, self.width = config.vocab_size, config.n_embd
+    self.block_size = config.block_size
+    self.embed = Embed(config, config.vocab_size, rngs=rngs)
+    build = lambda key: nnx.List(
+        [Block(config, kind, rngs=nnx.Rngs(key)) for key, kind in zip(
+            jax.random.split(key, len(period)), period)])
+    self.periods = jax.vmap(build)(
+        jax.random.split(rngs.params(), repeats))
+    self.tail = nnx.List([
+        Block(config, kind, rngs=rngs)
+        for kind in kinds[repeats * len(period):]])
+    self.norm = norm(config, config.n_embd)
+
+  def hidden(self, tokens, *, segment_ids=None, positions=None, state=None,
+             dropout_key=None, mesh=None):
+    """The final normed activations [B,T,D], from which `logits` follow.
+
+    Args:
+      tokens: int32 [B,T].
+      segment_ids: int32 [B,T]; tokens of different segments never see each
+        other. None: one segment.
+      positions: int32 [B,T]. By default they count from every segment's
+        start; a call that continues from a state must give them.
+      state: what `init_state` or the previous call returned; None: no state.
+      dropout_key: random key while training; None: no dropout.
+      mesh: the device mesh; None: a single device.
+
+    Returns:
+      ([B,T,D], the state after these tokens).
+    """
+    if positions is None:
+      if state is not None:
+        raise ValueError('a call with a state needs positions=')
+      positions = (
+          jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+          if segment_ids is None else segment_positions(segment_ids))
+    ctx = Context(positions, segment_ids, dropout_key, mesh)
+    x = ctx.dropout(self.embed(tokens, positions), self.rate, salt=0)
+    x = ctx.constrain(x, 'batch', None, None)
+    period_states, tail_states = (None, None) if state is None else state
+
+    def body(x, layers):
+      index, period, states = layers
+      return _run(x, period, states, ctx, first=1 + index * len(period))
+
+    policy = pick('remat', self.remat, REMAT)
+    if policy is not None:
+      body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    x, period_states = jax.lax.scan(
+        body, x, (jnp.arange(self.repeats), self.periods, period_states),
+        unroll=min(self.unroll, self.repeats))
+    x, tail_states = _run(x, self.tail, tail_states, ctx,
+                          first=1 + self.repeats * len(self.periods))
+    state = None if state is None else (period_states, tail_states)
+    return self.norm(x), state
+
+  def logits(self, x):
+    """[..., D] -> float32 [..., vocab_size]."""
+    return self.embed.logits(x)
+
+  def __call__(self, tokens, **kwargs):
+    """(float32 [B,T,vocab_size], state); arguments as in `hidden`."""
+    x, state = self.hidden(tokens, **kwargs)
+    return self.logits(x), state
+
+  def init_state(self, batch, length):
+    """The state before the first of at most `length` tokens."""
+    states = lambda blocks: [b.mixer.init_state(batch, length) for b in blocks]
+    stacked = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)),
+        states(self.periods))
+    return stacked, states(self.tail)
+
+  def flops(self, length):
+    """Of the forward pass, per token of a sequence of `length` tokens."""
+    of = lambda blocks: sum(
+        b.mixer.flops(length) + b.mlp.flops for b in blocks)
+    head = 2 * self.vocab_size * self.width
+    return self.repeats * of(self.periods) + of(self.tail) + head
+
+
+def _run(x, blocks, states, ctx, *, first):
+  """Runs blocks in order; `first` is the number of the first of them."""
+  after = []
+  for i, block in enumerate(blocks):
+    key = ctx.dropout_key
+    if key is not None:
+      key = jax.random.fold_in(key, first + i)
+    x, state = block(
+        x, Context(ctx.positions, ctx.segment_ids, key, ctx.mesh),
+        None if states is None else states[i])
+    after.append(state)
+  return x, None if states is None else after
