@@ -1,0 +1,177 @@
+"""From a command line to a config: every spelling of a flag, one meaning."""
+
+import collections
+import difflib
+import importlib.util
+import json
+import pathlib
+
+from configs import default
+
+TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
+
+
+class FlagError(ValueError):
+  """A command line that cannot be understood; the message is one line."""
+
+
+def convert(name, text, field):
+  """The value of one flag from its text (None: the flag stood alone)."""
+  kind, optional = default.types(field)
+  bare = field.metadata['bare']
+  if text is None:
+    text = 'true' if kind is bool or bare is not None else None
+  if text is None:
+    raise FlagError(f'--{name} needs a value: {field.metadata["help"]}')
+  if kind is str:
+    return None if optional and text.lower() == 'none' else text
+  low = text.strip().lower()
+  if optional and (low in ('none', '') or bare is not None and low in FALSE):
+    return None
+  if bare is not None and low in TRUE[:1]:
+    return bare
+  try:
+    if kind is bool:
+      return {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[low]
+    if kind is tuple:
+      return tuple(filter(None, text.replace(',', ' ').split()))
+    return kind(text)
+  except (KeyError, ValueError):
+    raise FlagError(
+        f'--{name}={text} is not {_takes(kind)}'
+        + (' or none' if optional else '')
+        + f': {field.metadata["help"]}') from None
+
+
+def _takes(kind):
+  return {bool: 'true or false', int: 'an integer', float: 'a number',
+          tuple: 'a list'}[kind]
+
+
+def split(argv, fields):
+  """Splits a command line into ({flag: text}, the config's path, the rest).
+
+  Takes --flag=v, --flag v, --config.flag=v, --flag, --noflag, and lists as
+  --flag a b, --flag=a,b or --flag=a --flag=b. What is not a flag of the
+  project is left over for absl.
+  """
+  texts, config, rest = {}, None, []
+  tokens = collections.deque(argv)
+  while tokens:
+    token = tokens.popleft()
+    name, equals, value = token.lstrip('-').partition('=')
+    name = name.removeprefix('config.')
+    if not token.startswith('--'):
+      raise FlagError(f'{token!r} is not a flag: flags begin with --')
+    field, text = fields.get(name), value if equals else None
+    if name == 'config':
+      config = text if equals else (tokens.popleft() if tokens else None)
+      if not config:
+        raise FlagError('--config needs a path: a .py or a .json file')
+      continue
+    if field is None and name.startswith('no') and _is_bool(fields, name[2:]):
+      if equals:
+        raise FlagError(f'--{name} takes no value')
+      texts[name[2:]] = 'false'
+      continue
+    if field is None:
+      rest.append(token)
+      while tokens and not equals and not tokens[0].startswith('--'):
+        rest.append(tokens.popleft())
+      continue
+    kind, _ = default.types(field)
+    if not equals:
+      text = _following(tokens, kind, field)
+    if kind is tuple and text is not None and texts.get(name):
+      text = f'{texts[name]},{text}'
+    texts[name] = text
+  return texts, config, rest
+
+
+def _is_bool(fields, name):
+  return name in fields and default.types(fields[name])[0] is bool
+
+
+def _following(tokens, kind, field):
+  """Takes the value of `--flag value` from the tokens that follow."""
+  taken = []
+  while tokens and not tokens[0].startswith('--'):
+    likely = tokens[0].lower() in TRUE + FALSE
+    if kind is bool and not likely:
+      break
+    taken.append(tokens.popleft())
+    if kind is not tuple:
+      break
+  return ','.join(taken) if taken else None
+
+
+def load(path):
+  """The config of a file: get_config() of a .py, or a run's config.json."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FlagError(f'--config={path}: no such file')
+  if path.suffix == '.json':
+    config = default.get_config()
+    return update(config, json.loads(path.read_text()), source=str(path))
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  if spec is None or spec.loader is None:
+    raise FlagError(f'--config={path} is neither a .py nor a .json file')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def update(config, values, *, source):
+  """Sets flags from a dict; an unknown one is an error that names `source`."""
+  for name, value in values.items():
+    if name not in config:
+      raise FlagError(f'{source}: unknown flag {name}' + _near(name, config))
+    config[name] = tuple(value) if isinstance(value, list) else value
+  return config
+
+
+def _near(name, known):
+  near = difflib.get_close_matches(name, known, 1)
+  return f', did you mean {near[0]}?' if near else ''
+
+
+def parse(argv, *, others=(), config=None):
+  """A command line (without the program's name) to a config.
+
+  Args:
+    argv: list of strings.
+    others: names of flags that belong to someone else (absl).
+    config: what to start from when no --config is given; by default the
+      default config.
+
+  Returns:
+    (locked ConfigDict, names of the flags that were given, arguments for
+    the others).
+
+  Raises:
+    FlagError: one line that names the flag, the value and the way out.
+  """
+  fields = default.fields()
+  texts, path, rest = split(argv, fields)
+  for token in (t for t in rest if t.startswith('--')):
+    name = token.lstrip('-').partition('=')[0]
+    if name not in others and name.removeprefix('no') not in others:
+      raise FlagError(f'unknown flag --{name}' + _near(name, fields))
+  if path:
+    config = load(path)
+  elif config is None:
+    config = default.get_config()
+  values = {n: convert(n, t, fields[n]) for n, t in texts.items()}
+  return update(config, values, source='command line'), set(values), rest
+
+
+def describe():
+  """The text of --help: every flag in its group, with its default."""
+  lines = ['python main.py [--config=FILE.py or RUN/config.json] [--flag=value]']
+  for title, table in default.groups().items():
+    lines += ['', title]
+    for name, field in table.items():
+      value = field.default
+      value = 'none' if value is None else repr(value)
+      lines += [f'  --{name}  ({value})', f'      {field.metadata["help"]}']
+  return '\n'.join(lines + ['', '--helpfull adds the flags of absl.'])
