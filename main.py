@@ -1,0 +1,42 @@
+"""Trains, evaluates or samples a language model: python main.py --help."""
+
+import sys
+
+from absl import app
+from absl import flags as absl_flags
+from absl import logging
+
+from configs import flags
+
+
+def parse(argv):
+  """The config of a command line; what is left goes to absl."""
+  try:
+    if '--help' in argv:
+      print(flags.describe())
+      sys.exit(0)
+    config, _, rest = flags.parse(argv[1:], others=absl_flags.FLAGS)
+  except flags.FlagError as error:
+    sys.exit(f'error: {error}')
+  absl_flags.FLAGS(argv[:1] + rest)
+  if not absl_flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax has a lot to tell.
+  return config
+
+
+def main(config):
+  # Imported after the flags, so that a typing error is told at once.
+  from model.layers import pick
+  from train_lib import distributed, inference, trainer
+  try:
+    distributed.join(config.distributed)
+    run = pick('mode', config.mode, {
+        'train': trainer.train, 'eval': inference.evaluate_run,
+        'sample': inference.sample_run})
+    run(config)
+  except (ValueError, NotImplementedError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

@@ -1,0 +1,436 @@
+"""Data sets, and a sampler without state: (seed, step, row) -> tokens."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import pickle
+import pydoc_data.topics
+import tempfile
+import urllib.request
+import zipfile
+
+import numpy as np
+
+import train_lib.tokenizer as tokenizer_lib
+
+NAMES = ('pydoc', 'shakespeare_char', 'hf:OWNER/NAME')
+SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
+                   'data/tinyshakespeare/input.txt')
+SHAKESPEARE_SHA256 = (
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """Tokens of the two splits; arrays are 1-D, unsigned, perhaps on disk.
+
+  `train_starts` and `val_starts` are the documents' offsets with packing, else
+  None. `val_bytes` is the UTF-8 length of the validation text, None if
+  unknown. `sha256` is that of the raw text or of train.bin and val.bin.
+  """
+
+  name: str
+  tokenizer: tokenizer_lib.Tokenizer
+  train: np.ndarray
+  val: np.ndarray
+  train_starts: np.ndarray | None
+  val_starts: np.ndarray | None
+  val_bytes: int | None
+  sha256: str
+
+  @property
+  def vocab_size(self):
+    return self.tokenizer.vocab_size
+
+
+def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
+         cache_dir=None):
+  """Loads a data set and splits it by position in the text.
+
+  Validation is the last `val_fraction` of the characters, with packing from
+  the nearest start of a document: the same text whatever the tokenizer.
+  nanoGPT folders, and Hugging Face data sets that have one, keep their own.
+
+  Args:
+    name: 'pydoc', the help topics of this Python; 'shakespeare_char';
+      'hf:OWNER/NAME' or 'hf:OWNER/NAME/CONFIG', column 'text'; a text file; a
+      folder of text files (each a document); or a nanoGPT folder of uint16
+      train.bin and val.bin, whose tokenizer is its meta.pkl or bare ids.
+    tokenizer: what `--tokenizer` takes, or a tokenizer.
+    packing: keep the documents apart: batches then have segment ids.
+    val_fraction: from 0 to less than 1.
+    cache_dir: where downloads and BPE encodings are kept; None is
+      $XDG_CACHE_HOME/attention-lab or ~/.cache/attention-lab.
+
+  Raises:
+    ValueError: what cannot be read, split or encoded.
+    ImportError: a library of the extra 'data' is missing.
+  """
+  if not 0 <= val_fraction < 1:
+    raise ValueError(f'--val_fraction={val_fraction} must be from 0 to less '
+                     'than 1: 0.1 keeps a tenth')
+  home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+  cache = pathlib.Path(cache_dir or home.expanduser() / 'attention-lab')
+  if name not in NAMES and (pathlib.Path(name) / 'train.bin').is_file():
+    return _load_bins(name, tokenizer=tokenizer, packing=packing)
+  documents, val = _read(name, cache)
+  sha256 = hashlib.sha256()
+  for document in [*documents, *(val or ())]:
+    sha256.update(document.encode())
+  if val is None:
+    documents, val = _split(
+        name, documents, packing=packing, val_fraction=val_fraction)
+  if isinstance(tokenizer, str):
+    # Validation text trains no BPE, but its characters need tokens.
+    tokenizer = tokenizer_lib.make(
+        tokenizer, documents + val if tokenizer == 'char' else documents)
+  train, train_starts = _encode(documents, tokenizer, cache=cache)
+  val_tokens, val_starts = _encode(val, tokenizer, cache=cache)
+  return Dataset(
+      name=name, tokenizer=tokenizer, train=train, val=val_tokens,
+      train_starts=train_starts if packing else None,
+      val_starts=val_starts if packing else None,
+      val_bytes=sum(len(document.encode()) for document in val),
+      sha256=sha256.hexdigest())
+
+
+def train_batch(dataset, *, step, rows, batch_size, block_size, seed):
+  """Rows of the global batch of one step, the same on any number of processes.
+
+  Args:
+    dataset: a Dataset.
+    step: from 0.
+    rows: slice or range of the batch_size rows of the global batch.
+    batch_size: rows in all.
+    block_size: T; a row has one token more, as inputs and targets overlap.
+    seed: from 0.
+
+  Returns:
+    {'tokens': int32 [rows, T + 1]}, with packing also 'segment_ids', alike:
+    1, 2, ... by document within the row.
+
+  Raises:
+    ValueError: the training split is too short, or seed is negative.
+  """
+  if seed < 0:
+    raise ValueError(f'--seed={seed} is negative: use 0 or more')
+  n = _places(dataset.train, block_size, split='training')
+  # Raw bits are the same in every NumPy, which Generator does not promise.
+  bits = np.random.Philox(key=seed, counter=[0, 0, 0, step]).random_raw(
+      batch_size)
+  offsets = (bits % np.uint64(n)).astype(np.int64)
+  return _windows(dataset.train, dataset.train_starts,
+                  offsets=_pick(offsets, rows), block_size=block_size)
+
+
+def eval_batch(dataset, *, index, rows, batch_size, block_size):
+  """Rows of validation batch `index` from 0; like train_batch, without a seed.
+
+  However many batches are read, their windows lie evenly over the split: row
+  i starts at the fractional part of i times the golden ratio.
+  """
+  n = _places(dataset.val, block_size, split='validation')
+  i = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.uint64)
+  turns = (i * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) * 2.0 ** -32
+  offsets = (turns * n).astype(np.int64)
+  return _windows(dataset.val, dataset.val_starts,
+                  offsets=_pick(offsets, rows), block_size=block_size)
+
+
+def full_batches(dataset, *, batch_size, block_size):
+  """How many full_batch there are."""
+  targets = _places(dataset.val, 1, split='validation')
+  return -(-targets // (batch_size * block_size))
+
+
+def full_batch(dataset, *, index, rows, batch_size, block_size):
+  """Rows of batch `index` of the whole validation split; like eval_batch.
+
+  Every token but the first, which has no context, is a target exactly once.
+  What is over at the end is token -1, which a loss must ignore, of segment 0.
+  """
+  last = _places(dataset.val, 1, split='validation')
+  first = np.arange(index * batch_size, (index + 1) * batch_size) * block_size
+  first = _pick(first, rows)
+  places = first[:, None] + np.arange(block_size + 1)
+  inside = (places <= last) & (first < last)[:, None]
+  places = np.minimum(places, last)
+  batch = {'tokens': np.where(inside, dataset.val[places].astype(np.int32), -1)}
+  if dataset.val_starts is not None:
+    batch['segment_ids'] = np.where(
+        inside, _segment_ids(dataset.val_starts, places), np.int32(0))
+  return batch
+
+
+def bigram_entropy(tokens):
+  """H(x_t | x_{t-1}) of the tokens in nats, of the first 10 million at most.
+
+  What a model that sees one token back can reach at best on this very text.
+  """
+  tokens = np.asarray(tokens[:10_000_000], np.int64)
+  if len(tokens) < 2:
+    raise ValueError(f'{len(tokens)} tokens have no bigram: use 2 or more')
+  pairs = tokens[:-1] * (tokens.max() + 1) + tokens[1:]
+
+  def entropy(values):
+    count = np.unique(values, return_counts=True)[1]
+    return np.log(len(values)) - (count * np.log(count)).sum() / len(values)
+
+  return float(entropy(pairs) - entropy(tokens[:-1]))
+
+
+def _places(tokens, block_size, *, split):
+  """How many windows of block_size + 1 tokens there are."""
+  n = len(tokens) - block_size
+  if n < 1:
+    raise ValueError(
+        f'the {split} split has {len(tokens)} tokens, fewer than block_size + '
+        f'1 = {block_size + 1}: lower --block_size, change --val_fraction or '
+        'use a longer --dataset')
+  return n
+
+
+def _pick(values, rows):
+  return values[rows] if isinstance(rows, slice) else values[np.asarray(rows)]
+
+
+def _windows(tokens, starts, *, offsets, block_size):
+  # One strided view of all windows is five times as fast as an index a token.
+  windows = np.ndarray(
+      (len(tokens) - block_size, block_size + 1), tokens.dtype, tokens,
+      strides=tokens.strides * 2)
+  batch = {'tokens': windows[offsets].astype(np.int32)}
+  if starts is not None:
+    places = offsets[:, None] + np.arange(block_size + 1)
+    batch['segment_ids'] = _segment_ids(starts, places)
+  return batch
+
+
+def _segment_ids(starts, places):
+  document = np.searchsorted(starts, places, side='right')
+  return (document - document[:, :1] + 1).astype(np.int32)
+
+
+def _read(name, cache):
+  """Returns the documents, and those of a validation split or None."""
+  if name == 'pydoc':
+    topics = pydoc_data.topics.topics
+    return _lines(topics[key] for key in sorted(topics)), None
+  if name == 'shakespeare_char':
+    return [_shakespeare(cache / 'tinyshakespeare.txt').decode()], None
+  if name.startswith('hf:'):
+    return _hugging_face(name)
+  path = pathlib.Path(name)
+  if path.is_dir():
+    return _read_folder(name), None
+  if not path.is_file():
+    near = difflib.get_close_matches(name, NAMES, n=1)
+    raise ValueError(
+        f'--dataset={name} is no file or folder: give one that is, or '
+        + ', '.join(NAMES) + ''.join(f'; did you mean {it}?' for it in near))
+  text = _text(path)
+  if not text:
+    raise ValueError(
+        f'--dataset={name} is ' + ('empty' if text == '' else 'no UTF-8 text')
+        + ': give a text file')
+  return [text], None
+
+
+def _text(path):
+  """The text of a file, None if it is no text."""
+  raw = path.read_bytes()
+  try:
+    return None if b'\0' in raw else raw.decode()
+  except UnicodeDecodeError:
+    return None
+
+
+def _lines(documents):
+  return [document if document.endswith('\n') else document + '\n'
+          for document in documents]
+
+
+def _read_folder(name):
+  folder = pathlib.Path(name)
+  files = sorted(
+      (path for path in folder.rglob('*') if path.is_file() and not any(
+          part.startswith('.') for part in path.relative_to(folder).parts)),
+      key=lambda path: path.relative_to(folder).as_posix())
+  texts = [_text(path) for path in files]
+  skipped = [str(path) for path, text in zip(files, texts) if not text]
+  if len(skipped) == len(files):
+    raise ValueError(f'--dataset={name} has no text among its {len(files)} '
+                     'files: give a folder of UTF-8 text files')
+  if skipped:
+    logging.warning('--dataset=%s: %d of %d files are empty or no text, and '
+                    'are left out: %s', name, len(skipped), len(files),
+                    ', '.join(skipped[:3]))
+  return _lines(text for text in texts if text)
+
+
+def _shakespeare(path):
+  right = lambda raw: hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256
+  if path.is_file() and right(raw := path.read_bytes()):
+    return raw
+  problem = 'what came has another SHA-256'
+  try:
+    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as reply:
+      raw = reply.read()
+    if right(raw):
+      _write(path, lambda file: file.write(raw))
+      return raw
+  except OSError as error:
+    problem = str(error)
+  raise ValueError(
+      f'--dataset=shakespeare_char could not be had from {SHAKESPEARE_URL}: '
+      f'{problem}; put that file at {path}')
+
+
+def _hugging_face(name):
+  try:
+    import datasets  # a second to import
+  except ImportError:
+    raise ImportError(f'--dataset={name} needs the datasets library: '
+                      'pip install -e ".[data]"') from None
+  owner, _, rest = name.removeprefix('hf:').partition('/')
+  rest, _, config = rest.partition('/')
+  path = f'{owner}/{rest}' if rest else owner
+  try:
+    splits = datasets.load_dataset(path, config or None)
+    texts = {key: _lines(splits[key]['text']) for key in (
+        'train', 'validation') if key in splits}
+    return texts['train'], texts.get('validation')
+  except Exception as error:  # offline, unknown, no such column: all differ
+    reason = ' '.join(str(error).split())
+    raise ValueError(
+        f'--dataset={name} cannot be loaded ({type(error).__name__}: {reason}):'
+        " it needs the network once, a split 'train' and a column 'text'"
+    ) from None
+
+
+def _split(name, documents, *, packing, val_fraction):
+  if not val_fraction:
+    return documents, []
+  if not packing:
+    text = ''.join(documents)
+    cut = int((1 - val_fraction) * len(text))
+    return [text[:cut]], [text[cut:]]
+  if len(documents) < 2:
+    raise ValueError(
+        f'--packing needs two documents or more, but --dataset={name} is one: '
+        'give a folder of files, or --nopacking')
+  ends = np.cumsum([len(document) for document in documents])
+  cut = 1 + np.argmin(np.abs(ends[:-1] - (1 - val_fraction) * ends[-1]))
+  return documents[:cut], documents[cut:]
+
+
+def _encode(documents, tokenizer, *, cache):
+  """Tokens of all documents and where each starts, from the cache for BPE."""
+  path = None
+  if isinstance(tokenizer, tokenizer_lib.Bpe):
+    key = hashlib.sha256(json.dumps(tokenizer.to_json()).encode())
+    for document in documents:
+      key.update(hashlib.sha256(document.encode()).digest())
+    path = cache / f'{key.hexdigest()}.npz'
+    try:
+      with np.load(path) as saved:
+        return saved['tokens'], saved['starts']
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+      logging.info('encoding %d documents', len(documents))
+  parts = [tokenizer.encode(document) for document in documents]
+  starts = np.cumsum([0, *map(len, parts)])[:-1]
+  tokens = np.concatenate([np.empty(0, tokenizer.dtype), *parts])
+  if path:
+    try:
+      _write(path, lambda file: np.savez(file, tokens=tokens, starts=starts))
+    except OSError as error:  # a cache is no reason to stop
+      logging.warning('the encoded text is not kept: %s', error)
+  return tokens, starts
+
+
+def _write(path, write):
+  """Writes a file that is either whole or not there."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    try:
+      write(file)
+      file.close()
+      os.replace(file.name, path)
+    finally:
+      pathlib.Path(file.name).unlink(missing_ok=True)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Refuses every name: a pickle can call any function that it names."""
+
+  def find_class(self, module, name):
+    raise pickle.UnpicklingError(f'it names {module}.{name}')
+
+
+def _read_meta(path):
+  """The tokenizer of a meta.pkl: Char, or Ids if it has no stoi."""
+  try:
+    with open(path, 'rb') as file:
+      meta = _PlainUnpickler(file).load()
+    if 'stoi' not in meta:
+      return tokenizer_lib.Ids(int(meta['vocab_size']))
+    chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
+    if meta['stoi'] != {char: i for i, char in enumerate(chars)} or (
+        {len(char) for char in chars} != {1}):
+      raise ValueError('stoi and itos do not pair single characters with ids')
+    return tokenizer_lib.Char(''.join(chars))
+  except Exception as error:  # a broken pickle raises nearly anything
+    raise ValueError(
+        f'--dataset: {path} is no plain meta.pkl ({type(error).__name__}: '
+        f'{error}): remove it to train on the ids') from None
+
+
+def _load_bins(name, *, tokenizer, packing):
+  """A nanoGPT folder; its ids are checked in one pass over the files."""
+  if packing:
+    raise ValueError(f'--packing needs documents, which train.bin in --dataset='
+                     f'{name} does not mark: give text files, or --nopacking')
+  splits, tops, sha256 = {}, {}, hashlib.sha256()
+  for key in ('train', 'val'):
+    path = pathlib.Path(name) / f'{key}.bin'
+    size = path.stat().st_size if path.is_file() else 0
+    if not size or size % 2:
+      raise ValueError(f'--dataset={name}: {path} has {size} bytes, where '
+                       'uint16 token ids belong: write it again')
+    splits[key] = tokens = np.memmap(path, '<u2', 'r')
+    for start in range(0, len(tokens), 1 << 24):
+      chunk = np.ascontiguousarray(tokens[start:start + (1 << 24)])
+      sha256.update(chunk)
+      tops[path] = max(tops.get(path, 0), int(chunk.max()))
+  meta = pathlib.Path(name) / 'meta.pkl'
+  if tokenizer in ('byte', 'char') and meta.is_file():
+    tokenizer = _read_meta(meta)
+  elif tokenizer == 'byte':
+    tokenizer = tokenizer_lib.Ids(1 + max(tops.values()))
+  elif tokenizer == 'char' or str(tokenizer).startswith('bpe:'):
+    raise ValueError(
+        f'--tokenizer={tokenizer} needs text, but --dataset={name} holds ids: '
+        'leave it out, or give the tokenizer.json that made them')
+  elif isinstance(tokenizer, str):
+    tokenizer = tokenizer_lib.make(tokenizer, [])
+  vocab_size = tokenizer.vocab_size
+  if vocab_size > 2 ** 16:
+    raise ValueError(
+        f'--dataset={name}: a vocabulary of {vocab_size} cannot be in uint16 '
+        'files: give meta.pkl or --tokenizer one of 65536 or less')
+  for path, top in tops.items():
+    if top >= vocab_size:
+      raise ValueError(
+          f'--dataset={name}: {path} has token id {top}, beyond the vocabulary '
+          f'of {vocab_size}: give the meta.pkl or --tokenizer that made it')
+  val_bytes = None
+  if isinstance(tokenizer, tokenizer_lib.Char):
+    lengths = [len(char.encode()) for char in tokenizer.chars]
+    val_bytes = int(np.bincount(splits['val'], minlength=vocab_size) @ lengths)
+  return Dataset(
+      name=name, tokenizer=tokenizer, **splits, train_starts=None,
+      val_starts=None, val_bytes=val_bytes, sha256=sha256.hexdigest())

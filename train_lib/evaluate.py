@@ -1,0 +1,66 @@
+"""Validation losses: a quick one on fixed windows, and the whole split."""
+
+import math
+
+import jax
+import numpy as np
+
+from model.layers import mesh_size
+from train_lib import data, loss, sharding
+
+
+def make_evaluator(run):
+  """Returns a jitted (params, batch) -> (sum of losses, number of targets)."""
+  shards = mesh_size(run.mesh, 'batch')
+
+  def sums(params, batch):
+    model = run.skeleton.merge(params)
+    inputs, targets, ids = loss.targets_of(batch)
+    hidden, _ = model.hidden(inputs, segment_ids=ids, mesh=run.mesh)
+    _, total, count = loss.cross_entropy(
+        model, hidden, targets, shards=shards)
+    return total, count
+  return jax.jit(sums)
+
+
+def quick(evaluator, params, run):
+  """Mean loss in nats a token over eval_iters fixed batches."""
+  config, size = run.config, _rows(run)
+  make = lambda index: lambda rows: data.eval_batch(
+      run.dataset, index=index, rows=rows, batch_size=size,
+      block_size=config.block_size)
+  makers = [make(i) for i in range(config.eval_iters)]
+  return _mean(evaluator, params, run, makers)[0]
+
+
+def full(evaluator, params, run):
+  """The loss over every token of the validation split.
+
+  Returns:
+    {'val_loss_full': nats a token, 'bits_per_byte': where the number of bytes
+    is known, 'val_tokens': how many}.
+  """
+  dataset, size, T = run.dataset, _rows(run), run.config.block_size
+  make = lambda index: lambda rows: data.full_batch(
+      dataset, index=index, rows=rows, batch_size=size, block_size=T)
+  count = data.full_batches(dataset, batch_size=size, block_size=T)
+  mean, tokens = _mean(evaluator, params, run, map(make, range(count)))
+  result = {'val_loss_full': mean, 'val_tokens': tokens}
+  if dataset.val_bytes:
+    # As if the first token, never a target, had the mean loss.
+    result['bits_per_byte'] = (
+        mean * len(dataset.val) / dataset.val_bytes / math.log(2))
+  return result
+
+
+def _rows(run):
+  return run.config.batch_size // run.config.gradient_accumulation_steps
+
+
+def _mean(evaluator, params, run, makers):
+  """(mean loss, number of targets) over batches, read when all are queued."""
+  pending = [
+      evaluator(params, sharding.global_batch(make, _rows(run), run.mesh))
+      for make in makers]
+  sums = np.asarray(jax.device_get(pending), np.float64).sum(0)
+  return float(sums[0] / max(sums[1], 1)), int(sums[1])

@@ -1,0 +1,112 @@
+"""The modes that read a run: --mode=eval and --mode=sample."""
+
+import pathlib
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from model import sample
+from train_lib import checkpoints, evaluate, metrics, session, tokenizer
+from train_lib.state import Skeleton
+
+
+def _store(workdir, mode):
+  if not workdir:
+    raise ValueError(f'--mode={mode} needs --workdir: the folder of a run')
+  if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
+    raise ValueError(f'--workdir={workdir} has no checkpoints: train there '
+                     'first, or name another folder')
+  return checkpoints.Checkpoints(workdir, create=False)
+
+
+def evaluate_run(config, workdir=None):
+  """Loss of a run's best checkpoint over its whole validation split.
+
+  Args:
+    config: the run's config; the dataset may be another one.
+    workdir: folder of the run, config.workdir by default.
+
+  Returns:
+    A dict as of evaluate.full.
+  """
+  metrics.keep_memory()
+  with _store(workdir or config.workdir, 'eval') as store:
+    run = session.open_session(config, workdir)
+    wanted = {'params': run.template.params}
+    step, items, meta = _restore(store, wanted, run.workdir)
+    session.compatible(meta['config'], run.config, run.workdir)
+    result = evaluate.full(
+        evaluate.make_evaluator(run), items['params'], run)
+  print(metrics.table([('step', f'{step:,}')] + [
+      (name, metrics.short(value)) for name, value in result.items()]))
+  return result
+
+
+def _restore(store, wanted, workdir):
+  found = store.restore(wanted, best=True)
+  if found is None:
+    raise ValueError(f'{workdir} has no finished checkpoint yet')
+  return found
+
+
+def load(workdir, config):
+  """(model, tokenizer, step) of a run's best checkpoint, on one device.
+
+  Args:
+    workdir: folder of the run.
+    config: the run's config; flags that make the model must be as trained.
+  """
+  with _store(workdir, 'sample') as store:
+    newest = store.meta(store.steps()[-1]) if store.steps() else None
+    if newest is None:
+      raise ValueError(f'{workdir} has no finished checkpoint yet')
+    config = config.copy_and_resolve_references()
+    config.vocab_size = newest['config']['vocab_size']
+    session.compatible(newest['config'], config, workdir)
+    skeleton = Skeleton(config)
+    device = SingleDeviceSharding(jax.devices()[0])
+    wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+              for name, x in skeleton.shapes.items()}
+    step, items, meta = _restore(store, {'params': wanted}, workdir)
+  model = skeleton.merge(items['params'])
+  return model, tokenizer.from_json(meta['tokenizer']), step
+
+
+def sample_run(config, workdir=None):
+  """Prints continuations of config.prompt; a single one as it is drawn.
+
+  Args:
+    config: the run's config with the flags of sampling.
+    workdir: folder of the run, config.workdir by default.
+
+  Returns:
+    The texts, prompt included.
+  """
+  metrics.keep_memory()
+  rule = dict(temperature=config.temperature, top_k=config.top_k,
+              top_p=config.top_p, max_new_tokens=config.max_new_tokens)
+  sample.check(num_samples=config.num_samples, **rule)
+  model, vocabulary, _ = load(workdir or config.workdir, config)
+  ids = vocabulary.encode(config.prompt)
+  if len(ids) > model.block_size:
+    print(f'note: the prompt has {len(ids)} tokens; the last '
+          f'{model.block_size} (block_size) are kept')
+  chunks = sample.generate(
+      model, [ids] * config.num_samples, key=jax.random.key(config.seed),
+      **rule)
+  if config.num_samples == 1:
+    pieces = [config.prompt]
+    print(config.prompt, end='', flush=True)
+    for piece in tokenizer.stream(vocabulary, (
+        token for chunk in chunks for token in chunk[0])):
+      print(piece, end='', flush=True)
+      pieces.append(piece)
+    print()
+    return [''.join(pieces)]
+  rows = [list(ids) for _ in range(config.num_samples)]
+  for chunk in chunks:
+    for row, new in zip(rows, chunk):
+      row.extend(new)
+  texts = [vocabulary.decode(row) for row in rows]
+  print('\n---\n'.join(texts))
+  return texts

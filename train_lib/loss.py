@@ -1,0 +1,64 @@
+"""Next-token cross-entropy that never holds [B, T, vocab] at once."""
+
+import jax
+import jax.numpy as jnp
+
+# Bytes of float32 logits that one device may hold at once.
+LOGITS_BYTES = 2 ** 27
+
+
+def targets_of(batch):
+  """(inputs, targets, segment_ids) of a batch of T + 1 tokens a row.
+
+  A target is -1 where there is none: padding (token -1), or the first token
+  of another document.
+  """
+  tokens, ids = batch['tokens'], batch.get('segment_ids')
+  inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
+  if ids is None:
+    return inputs, targets, None
+  return inputs, jnp.where(ids[:, 1:] == ids[:, :-1], targets, -1), ids[:, :-1]
+
+
+def cross_entropy(model, hidden, targets, *, z_loss=0.0, shards=1):
+  """Sums over the targets, in float32.
+
+  Args:
+    model: for its `logits`.
+    hidden: [B,T,D].
+    targets: int32 [B,T], -1 where there is none.
+    z_loss: weight of the squared log normaliser.
+    shards: devices that the rows are spread over.
+
+  Returns:
+    (sum of the losses with the z-loss, sum of the losses without, count).
+  """
+  B, T, D = hidden.shape
+  parts = _parts(T, B * T * model.vocab_size * 4 // shards)
+
+  def part(x, y):
+    logits = model.logits(x)
+    normaliser = jax.nn.logsumexp(logits, -1)
+    picked = jnp.take_along_axis(logits, jnp.maximum(y, 0)[..., None], -1)
+    valid = y >= 0
+    loss = jnp.where(valid, normaliser - picked[..., 0], 0).sum()
+    penalty = jnp.where(valid, normaliser * normaliser, 0).sum()
+    return loss + z_loss * penalty, loss
+
+  if parts == 1:
+    sums = part(hidden, targets)
+  else:
+    # The logits of a part are computed again in its backward pass.
+    split = lambda x: jnp.moveaxis(
+        x.reshape(B, parts, T // parts, *x.shape[2:]), 1, 0)
+    sums, _ = jax.lax.scan(
+        lambda total, xy: (jax.tree.map(
+            jnp.add, total, jax.checkpoint(part)(*xy)), None),
+        (jnp.float32(0), jnp.float32(0)), (split(hidden), split(targets)))
+  return *sums, (targets >= 0).sum()
+
+
+def _parts(length, size):
+  """The fewest equal parts of T whose logits fit LOGITS_BYTES."""
+  return next(n for n in range(1, length + 1)
+              if length % n == 0 and (size <= n * LOGITS_BYTES or n == length))

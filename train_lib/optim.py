@@ -1,0 +1,70 @@
+"""Optimisers and schedules, from optax, by flag."""
+
+import optax
+
+from model.layers import pick
+
+
+def schedule(config):
+  """The learning rate as a function of the step."""
+  peak, end, warm = config.learning_rate, config.min_lr, config.warmup_iters
+  last = config.lr_decay_iters or config.max_iters
+  steps = max(last - warm, 1)
+  cooldown = max(steps // 5, 1)  # wsd: the last fifth (Hu et al. 2024).
+  after = pick('lr_schedule', config.lr_schedule, {
+      'constant': optax.constant_schedule(peak),
+      'cosine': optax.cosine_decay_schedule(
+          peak, steps, end / peak if peak else 0.0),
+      'linear': optax.linear_schedule(peak, end, steps),
+      'wsd': optax.linear_schedule(peak, end, cooldown, steps - cooldown),
+  })
+  # As nanoGPT: the first step already moves.
+  ramp = optax.linear_schedule(peak / (warm + 1), peak, max(warm, 1))
+  return optax.join_schedules([ramp, after], [warm])
+
+
+def build(config, skeleton):
+  """The optax transformation of a config.
+
+  Args:
+    config: the flags.
+    skeleton: a Skeleton, for what its parameters say of themselves: weight
+      decay applies to those with `decay`, Muon to those with `n_inputs`.
+  """
+  b1, b2 = config.beta1, config.beta2
+  direction = pick('optimizer', config.optimizer, {
+      'adamw': lambda: optax.scale_by_adam(b1, b2),
+      'lion': lambda: optax.scale_by_lion(b1, b2),
+      'adafactor': lambda: optax.chain(
+          optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+      'muon': lambda: _muon(b1, b2, skeleton),
+      'sgd': lambda: optax.trace(b1),
+  })()
+  decay = {n: v.decay for n, v in skeleton.variables.items()}
+  clip = optax.clip_by_global_norm(config.grad_clip)
+  return optax.chain(
+      clip if config.grad_clip else optax.identity(),
+      direction,
+      optax.add_decayed_weights(config.weight_decay, mask=decay),
+      optax.scale_by_learning_rate(schedule(config)))
+
+
+def _muon(b1, b2, skeleton):
+  """Muon for matrices between activations, Adam for all else.
+
+  The updates have Adam's size (root mean square 0.2, Liu et al. 2025), so
+  that one learning rate serves both.
+  """
+  def dimensions(name, variable):
+    if not variable.n_inputs:
+      return None
+    stacked = len(skeleton.shapes[name].shape) - len(variable.axes)
+    axes = range(stacked, len(skeleton.shapes[name].shape))
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(axes[:variable.n_inputs]), tuple(axes[variable.n_inputs:]))
+  numbers = {n: dimensions(n, v) for n, v in skeleton.variables.items()}
+  return optax.chain(
+      optax.contrib.muon(
+          1.0, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
+          muon_weight_dimension_numbers=numbers),
+      optax.scale(-1.0))  # A direction, not yet a descent.

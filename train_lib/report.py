@@ -1,0 +1,96 @@
+"""The header before a run, and the table and the sample after it."""
+
+import jax
+import numpy as np
+
+from attention.kernels import dispatch
+from model import sample
+from train_lib import data, evaluate, metrics, sharding, tokenizer
+
+SAMPLE_TOKENS = 500
+
+
+def header(run, step, first):
+  """What is about to run, as text; `step` is the compiled step."""
+  config, dataset = run.config, run.dataset
+  devices = jax.devices()
+  tokens = config.batch_size * config.block_size
+  kinds = config.attention_list or (config.attention_variant,)
+  rows = [
+      ('devices', f'{len(devices)} x {devices[0].device_kind}, '
+       f'{jax.process_count()} process(es)'),
+      ('mesh', ' x '.join(f'{a} {n}' for a, n in run.mesh.shape.items())),
+      ('layers', f'{config.n_layer}: {", ".join(kinds)}'
+       + (' repeated' if len(kinds) > 1 else '')),
+      ('parameters', f'{run.skeleton.n_params():,}'),
+      ('kernels', kernels()),
+      ('data', f'{dataset.name}: {len(dataset.train):,} + '
+       f'{len(dataset.val):,} {config.tokenizer} tokens, '
+       f'{dataset.vocab_size:,} ids, sha256 {dataset.sha256[:12]}'),
+      ('step', f'{tokens:,} tokens, '
+       f'{tokens * run.flops_per_token():.3g} FLOPs'),
+      ('memory', _memory(step)),
+      ('workdir', str(run.workdir)),
+  ]
+  split = sharding.replicated(run.skeleton, run.mesh)
+  if split:
+    rows.insert(2, ('replicated', 'the mesh does not divide ' + ', '.join(
+        split)))
+  if first:
+    rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
+  return metrics.table(rows)
+
+
+def kernels():
+  """Which implementation of every kernel the traced programs use."""
+  chosen = {op.rsplit('.', 1)[-1]: names
+            for op, names in dispatch.CHOICES.items()}
+  return '; '.join(
+      f'{op}: ' + ', '.join(name + (f' ({why})' if why else '')
+                            for name, why in names.items())
+      for op, names in chosen.items()) or 'none needed'
+
+
+def _memory(step):
+  stats = step.memory_analysis()
+  if stats is None:
+    return 'unknown'
+  total = (stats.argument_size_in_bytes + stats.output_size_in_bytes
+           - stats.alias_size_in_bytes + stats.temp_size_in_bytes)
+  return f'{total / 2 ** 20:,.0f} MiB per device'
+
+
+def finish(run, state, log):
+  """Evaluates the whole validation split, samples, prints both."""
+  config, rows = run.config, []
+  if config.eval_final:
+    final = evaluate.full(evaluate.make_evaluator(run), state.params, run)
+    log.write(int(state.step), final)
+    rows.append(('validation loss', f'{final["val_loss_full"]:.4f} nats a '
+                 f'token, over all {final["val_tokens"]:,} tokens'))
+    if 'bits_per_byte' in final:
+      rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte'))
+  rows.append(('bigram entropy', f'{data.bigram_entropy(run.dataset.train):.4f} nats a '
+               'token: what counting pairs of tokens could reach'))
+  losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
+  if losses:
+    rows.append(('best evaluation', f'{min(losses):.4f}'))
+  speed = [r['tokens_per_s'] for r in log.history if 'tokens_per_s' in r]
+  if speed:
+    rows.append(('speed', f'{np.median(speed):,.0f} tokens/s'))
+  rows.append(('run', str(run.workdir)))
+  log.say('\n' + metrics.table(rows))
+  if jax.process_count() == 1:
+    log.say('\nsample:\n' + _sample(run, state))
+
+
+def _sample(run, state):
+  config, vocabulary = run.config, run.dataset.tokenizer
+  params = jax.device_put(state.params, jax.devices()[0])
+  ids = vocabulary.encode(config.prompt)
+  drawn = sample.generate(
+      run.skeleton.merge(params), [ids], key=jax.random.key(config.seed),
+      max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
+      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+  return config.prompt + ''.join(tokenizer.stream(
+      vocabulary, (i for chunk in drawn for i in chunk[0])))

@@ -1,0 +1,64 @@
+"""A model as a flat dict of arrays, and everything static beside it.
+
+The trainer, the optimiser and the checkpoints work on {name: array}; only the
+loss function sees the module, put together again while it is traced.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from flax import nnx
+
+from model.transformer import Transformer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['step', 'params', 'opt_state', 'skipped'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What a step changes.
+
+  Attributes:
+    step: int32, optimiser steps taken.
+    params: {name: array}.
+    opt_state: of optax.
+    skipped: int32, updates left out because they were not finite.
+  """
+  step: jax.Array
+  params: dict
+  opt_state: object
+  skipped: jax.Array
+
+
+class Skeleton:
+  """The structure of a config's model: no arrays, nothing allocated."""
+
+  def __init__(self, config):
+    self.config = config
+    self.model = jax.eval_shape(
+        lambda key: _build(config, key), jax.random.key(0))
+    leaves, self.treedef = jax.tree_util.tree_flatten_with_path(self.model)
+    self.names = [
+        jax.tree_util.keystr(path, simple=True, separator='/').removesuffix(
+            '/value') for path, _ in leaves]
+    variables = jax.tree.leaves(
+        self.model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    self.variables = dict(zip(self.names, variables))
+    self.shapes = {n: leaf for n, (_, leaf) in zip(self.names, leaves)}
+
+  def init(self, key):
+    """{name: array}, freshly initialised."""
+    return dict(zip(self.names, jax.tree.leaves(_build(self.config, key))))
+
+  def merge(self, params):
+    """The module with these parameters."""
+    return jax.tree.unflatten(self.treedef, [params[n] for n in self.names])
+
+  def n_params(self):
+    return sum(x.size for x in self.shapes.values())
+
+
+def _build(config, key):
+  return Transformer(config, rngs=nnx.Rngs(key))
