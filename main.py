@@ -20,7 +20,7 @@ def parse(argv):
     sys.exit(f'error: {error}')
   absl_flags.FLAGS(argv[:1] + rest)
   if not absl_flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax has a lot to tell.
+    logging.set_verbosity(logging.ERROR)  # Orbax has a lot to tell.
   return config
 
 
@@ -34,7 +34,7 @@ def main(config):
         'train': trainer.train, 'eval': inference.evaluate_run,
         'sample': inference.sample_run})
     run(config)
-  except (ValueError, NotImplementedError) as error:
+  except (ValueError, NotImplementedError, ImportError) as error:
     sys.exit(f'error: {error}')
 
 

@@ -36,21 +36,25 @@ def unflatten(template, items):
 
 @jax.jit
 def fingerprint(arrays):
-  """{name: uint32} that changes with any single element of an array.
+  """{name: uint32} that any change of a single element changes.
 
-  The sum over elements of bits x (2 position + 1), modulo 2^32: integers, so
-  that neither the order of summation nor the mesh matters, and every factor
-  is odd, hence invertible.
+  The sum, modulo 2^32, of a hash of every element's bits and place. Integers,
+  so that neither the order of summation nor the mesh matters; for each place
+  the hash (the finaliser of MurmurHash3) is one to one in the bits.
   """
   def of(x):
-    bits = jax.lax.bitcast_convert_type(
+    h = jax.lax.bitcast_convert_type(
         x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
-    odd = 2 * jax.lax.iota(jnp.uint32, x.size) + 1
-    return jnp.sum(bits.ravel() * odd, dtype=jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+    h = h ^ (place * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+      h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
   return {name: of(x) for name, x in arrays.items()}
 
 
-def _marks(arrays):
+def marks(arrays):
+  """The fingerprint of {name: array} as JSON."""
   return {name: int(mark) for name, mark in fingerprint(arrays).items()}
 
 
@@ -59,19 +63,19 @@ class Checkpoints:
 
   Args:
     workdir: the run's folder.
-    create: whether to make the folder of checkpoints if it is not there.
+    read_only: leave everything on disk as it is.
   """
 
-  def __init__(self, workdir, *, create=True):
+  def __init__(self, workdir, *, read_only=False):
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
-    self._ocp = ocp
+    self._ocp, self._read_only = ocp, read_only
     # Orbax fails on a relative path, later and in a thread.
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
     by_loss = lambda metrics: -metrics['val_loss']
     self.manager = ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
-            create=create, best_fn=by_loss,
+            create=not read_only, read_only=read_only, best_fn=by_loss,
             preservation_policy=policies.AnyPreservationPolicy([
                 policies.LatestN(KEPT_LATEST),
                 policies.BestN(get_metric_fn=by_loss, n=KEPT_BEST)])))
@@ -92,10 +96,10 @@ class Checkpoints:
     if step in self.manager.all_steps():
       return
     args, items = self._ocp.args, flatten(state)
-    marks = {item: _marks(arrays) for item, arrays in items.items()}
+    found = {item: marks(arrays) for item, arrays in items.items()}
     self.manager.save(
         step, metrics={'val_loss': val_loss}, args=args.Composite(
-            meta=args.JsonSave({**meta, 'fingerprint': marks}),
+            meta=args.JsonSave({**meta, 'fingerprint': found}),
             **{n: args.StandardSave(arrays) for n, arrays in items.items()}))
 
   def meta(self, step):
@@ -113,14 +117,14 @@ class Checkpoints:
 
     Returns:
       (step, the items restored, meta), or None where there is no checkpoint.
-      A damaged checkpoint is set aside in `damaged/`, and the log says so.
+      A damaged checkpoint is passed over, and the log says so; it is moved
+      to `damaged/`, so that its step can be saved again.
 
     Raises:
       ValueError: there are checkpoints, and none is good.
     """
-    steps = self.steps()[::-1]
-    if best and self.manager.best_step() in steps:
-      steps.insert(0, self.manager.best_step())
+    first = self.manager.best_step() if best else None
+    steps = sorted(self.steps(), key=lambda step: (step == first, step))[::-1]
     for step in steps:
       try:
         return step, *self._verified(step, items)
@@ -131,8 +135,8 @@ class Checkpoints:
         self._set_aside(step)
     if steps:
       raise ValueError(
-          f'none of the checkpoints in {self.folder} can be restored; they '
-          f'are kept in {self.folder.parent / "damaged"}')
+          f'none of the checkpoints in {self.folder} can be restored: start '
+          'anew in another --workdir')
     return None
 
   def _verified(self, step, items):
@@ -142,14 +146,15 @@ class Checkpoints:
         **{n: args.StandardRestore(wanted) for n, wanted in items.items()}))
     meta = found['meta']
     for item in items:
-      marks = _marks(found[item])
+      own = marks(found[item])
       for name, mark in meta['fingerprint'][item].items():
-        if marks.get(name) != mark:
+        if own.get(name) != mark:
           raise ValueError(f'the fingerprint of {name} does not match')
     return {item: found[item] for item in items}, meta
 
   def _set_aside(self, step):
-    """Moves a checkpoint away, so that its step can be saved again."""
+    if self._read_only:
+      return
     folder = self.folder / str(step)
     if jax.process_index() == 0 and folder.exists():
       aside = self.folder.parent / 'damaged'

@@ -1,5 +1,6 @@
 """Data sets, and a sampler without state: (seed, step, row) -> tokens."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -7,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import pickle
 import pydoc_data.topics
 import tempfile
 import urllib.request
@@ -57,22 +57,19 @@ def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
 
   Args:
     name: 'pydoc', the help topics of this Python; 'shakespeare_char';
-      'hf:OWNER/NAME' or 'hf:OWNER/NAME/CONFIG', column 'text'; a text file; a
-      folder of text files (each a document); or a nanoGPT folder of uint16
-      train.bin and val.bin, whose tokenizer is its meta.pkl or bare ids.
+      'hf:OWNER/NAME[/CONFIG]', column 'text'; a text file; a folder of text
+      files, each a document; or a nanoGPT folder of uint16 train.bin and
+      val.bin, whose tokenizer is its meta.pkl or bare ids.
     tokenizer: what `--tokenizer` takes, or a tokenizer.
-    packing: keep the documents apart: batches then have segment ids.
-    val_fraction: from 0 to less than 1.
-    cache_dir: where downloads and BPE encodings are kept; None is
-      $XDG_CACHE_HOME/attention-lab or ~/.cache/attention-lab.
+    packing: documents do not see each other: batches have segment ids.
+    cache_dir: for downloads and BPE encodings, attention-lab under
+      $XDG_CACHE_HOME or ~/.cache unless given.
 
-  Raises:
-    ValueError: what cannot be read, split or encoded.
-    ImportError: a library of the extra 'data' is missing.
+  Raises ValueError for what cannot be read, split or encoded, and ImportError
+  without a library of the extra 'data'.
   """
   if not 0 <= val_fraction < 1:
-    raise ValueError(f'--val_fraction={val_fraction} must be from 0 to less '
-                     'than 1: 0.1 keeps a tenth')
+    raise ValueError(f'--val_fraction={val_fraction} must be 0 to 0.99')
   home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
   cache = pathlib.Path(cache_dir or home.expanduser() / 'attention-lab')
   if name not in NAMES and (pathlib.Path(name) / 'train.bin').is_file():
@@ -84,34 +81,29 @@ def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
   if val is None:
     documents, val = _split(
         name, documents, packing=packing, val_fraction=val_fraction)
-  if isinstance(tokenizer, str):
-    # Validation text trains no BPE, but its characters need tokens.
+  if isinstance(tokenizer, str):  # validation trains no BPE, but has characters
     tokenizer = tokenizer_lib.make(
         tokenizer, documents + val if tokenizer == 'char' else documents)
-  train, train_starts = _encode(documents, tokenizer, cache=cache)
-  val_tokens, val_starts = _encode(val, tokenizer, cache=cache)
+  splits = {}
+  for key, texts in ('train', documents), ('val', val):
+    splits[key], starts = _encode(texts, tokenizer, cache=cache)
+    splits[f'{key}_starts'] = starts if packing else None
   return Dataset(
-      name=name, tokenizer=tokenizer, train=train, val=val_tokens,
-      train_starts=train_starts if packing else None,
-      val_starts=val_starts if packing else None,
-      val_bytes=sum(len(document.encode()) for document in val),
-      sha256=sha256.hexdigest())
+      name=name, tokenizer=tokenizer, **splits, sha256=sha256.hexdigest(),
+      val_bytes=sum(len(document.encode()) for document in val))
 
 
 def train_batch(dataset, *, step, rows, batch_size, block_size, seed):
   """Rows of the global batch of one step, the same on any number of processes.
 
   Args:
-    dataset: a Dataset.
-    step: from 0.
     rows: slice or range of the batch_size rows of the global batch.
-    batch_size: rows in all.
     block_size: T; a row has one token more, as inputs and targets overlap.
-    seed: from 0.
 
   Returns:
     {'tokens': int32 [rows, T + 1]}, with packing also 'segment_ids', alike:
-    1, 2, ... by document within the row.
+    1, 2, ... by document within the row. The target of a document's last
+    token is of the next document: where the ids differ, a loss leaves it out.
 
   Raises:
     ValueError: the training split is too short, or seed is negative.
@@ -123,22 +115,22 @@ def train_batch(dataset, *, step, rows, batch_size, block_size, seed):
   bits = np.random.Philox(key=seed, counter=[0, 0, 0, step]).random_raw(
       batch_size)
   offsets = (bits % np.uint64(n)).astype(np.int64)
-  return _windows(dataset.train, dataset.train_starts,
-                  offsets=_pick(offsets, rows), block_size=block_size)
+  return _windows(dataset.train, dataset.train_starts, offsets=offsets[rows],
+                  block_size=block_size)
 
 
 def eval_batch(dataset, *, index, rows, batch_size, block_size):
-  """Rows of validation batch `index` from 0; like train_batch, without a seed.
+  """Rows of validation batch `index`, fixed; otherwise like train_batch.
 
-  However many batches are read, their windows lie evenly over the split: row
-  i starts at the fractional part of i times the golden ratio.
+  Row i of all batches starts at the fractional part of i times the golden
+  ratio, so that any number of batches lies evenly over the split.
   """
   n = _places(dataset.val, block_size, split='validation')
   i = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.uint64)
   turns = (i * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) * 2.0 ** -32
   offsets = (turns * n).astype(np.int64)
-  return _windows(dataset.val, dataset.val_starts,
-                  offsets=_pick(offsets, rows), block_size=block_size)
+  return _windows(dataset.val, dataset.val_starts, offsets=offsets[rows],
+                  block_size=block_size)
 
 
 def full_batches(dataset, *, batch_size, block_size):
@@ -155,7 +147,7 @@ def full_batch(dataset, *, index, rows, batch_size, block_size):
   """
   last = _places(dataset.val, 1, split='validation')
   first = np.arange(index * batch_size, (index + 1) * batch_size) * block_size
-  first = _pick(first, rows)
+  first = first[rows]
   places = first[:, None] + np.arange(block_size + 1)
   inside = (places <= last) & (first < last)[:, None]
   places = np.minimum(places, last)
@@ -176,11 +168,9 @@ def bigram_entropy(tokens):
     raise ValueError(f'{len(tokens)} tokens have no bigram: use 2 or more')
   pairs = tokens[:-1] * (tokens.max() + 1) + tokens[1:]
 
-  def entropy(values):
-    count = np.unique(values, return_counts=True)[1]
-    return np.log(len(values)) - (count * np.log(count)).sum() / len(values)
-
-  return float(entropy(pairs) - entropy(tokens[:-1]))
+  counts = lambda ids: np.unique(ids, return_counts=True)[1]
+  surprise = lambda count: (count * np.log(count)).sum() / len(pairs)
+  return float(surprise(counts(tokens[:-1])) - surprise(counts(pairs)))
 
 
 def _places(tokens, block_size, *, split):
@@ -189,13 +179,8 @@ def _places(tokens, block_size, *, split):
   if n < 1:
     raise ValueError(
         f'the {split} split has {len(tokens)} tokens, fewer than block_size + '
-        f'1 = {block_size + 1}: lower --block_size, change --val_fraction or '
-        'use a longer --dataset')
+        f'1 = {block_size + 1}: change --block_size, --val_fraction, --dataset')
   return n
-
-
-def _pick(values, rows):
-  return values[rows] if isinstance(rows, slice) else values[np.asarray(rows)]
 
 
 def _windows(tokens, starts, *, offsets, block_size):
@@ -224,29 +209,27 @@ def _read(name, cache):
     return [_shakespeare(cache / 'tinyshakespeare.txt').decode()], None
   if name.startswith('hf:'):
     return _hugging_face(name)
-  path = pathlib.Path(name)
-  if path.is_dir():
+  if pathlib.Path(name).is_dir():
     return _read_folder(name), None
-  if not path.is_file():
+  if not pathlib.Path(name).is_file():
     near = difflib.get_close_matches(name, NAMES, n=1)
     raise ValueError(
-        f'--dataset={name} is no file or folder: give one that is, or '
+        f'--dataset={name} is no file or folder: give one, or '
         + ', '.join(NAMES) + ''.join(f'; did you mean {it}?' for it in near))
-  text = _text(path)
+  text = _text(pathlib.Path(name))
   if not text:
-    raise ValueError(
-        f'--dataset={name} is ' + ('empty' if text == '' else 'no UTF-8 text')
-        + ': give a text file')
+    problem = 'empty' if text == '' else 'no UTF-8 text'
+    raise ValueError(f'--dataset={name} is {problem}: give a text file')
   return [text], None
 
 
 def _text(path):
   """The text of a file, None if it is no text."""
-  raw = path.read_bytes()
   try:
-    return None if b'\0' in raw else raw.decode()
+    text = path.read_bytes().decode()
   except UnicodeDecodeError:
     return None
+  return None if '\0' in text else text
 
 
 def _lines(documents):
@@ -256,60 +239,51 @@ def _lines(documents):
 
 def _read_folder(name):
   folder = pathlib.Path(name)
-  files = sorted(
-      (path for path in folder.rglob('*') if path.is_file() and not any(
-          part.startswith('.') for part in path.relative_to(folder).parts)),
-      key=lambda path: path.relative_to(folder).as_posix())
-  texts = [_text(path) for path in files]
-  skipped = [str(path) for path, text in zip(files, texts) if not text]
+  files = [path.relative_to(folder).as_posix() for path in folder.rglob('*')
+           if path.is_file()]
+  files = sorted(file for file in files if '/.' not in '/' + file)  # no .git
+  texts = {file: _text(folder / file) for file in files}
+  skipped = [file for file in files if not texts[file]]
   if len(skipped) == len(files):
     raise ValueError(f'--dataset={name} has no text among its {len(files)} '
                      'files: give a folder of UTF-8 text files')
   if skipped:
-    logging.warning('--dataset=%s: %d of %d files are empty or no text, and '
-                    'are left out: %s', name, len(skipped), len(files),
-                    ', '.join(skipped[:3]))
-  return _lines(text for text in texts if text)
+    logging.warning('--dataset=%s: %d of %d files are left out, empty or no '
+                    'text: %s', name, len(skipped), len(files), skipped[:3])
+  return _lines(filter(None, texts.values()))
 
 
 def _shakespeare(path):
   right = lambda raw: hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256
-  if path.is_file() and right(raw := path.read_bytes()):
-    return raw
   problem = 'what came has another SHA-256'
   try:
-    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as reply:
-      raw = reply.read()
-    if right(raw):
-      _write(path, lambda file: file.write(raw))
+    if path.is_file() and right(raw := path.read_bytes()):
       return raw
+    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as reply:
+      if right(raw := reply.read()):
+        _write(path, lambda file: file.write(raw))
+        return raw
   except OSError as error:
     problem = str(error)
-  raise ValueError(
-      f'--dataset=shakespeare_char could not be had from {SHAKESPEARE_URL}: '
-      f'{problem}; put that file at {path}')
+  raise ValueError(f'--dataset=shakespeare_char, from {SHAKESPEARE_URL}: '
+                   f'{problem}; put that file at {path}')
 
 
 def _hugging_face(name):
   try:
-    import datasets  # a second to import
+    import datasets  # a second, which few runs need to spend
   except ImportError:
     raise ImportError(f'--dataset={name} needs the datasets library: '
                       'pip install -e ".[data]"') from None
-  owner, _, rest = name.removeprefix('hf:').partition('/')
-  rest, _, config = rest.partition('/')
-  path = f'{owner}/{rest}' if rest else owner
+  parts = name.removeprefix('hf:').split('/')
   try:
-    splits = datasets.load_dataset(path, config or None)
-    texts = {key: _lines(splits[key]['text']) for key in (
-        'train', 'validation') if key in splits}
-    return texts['train'], texts.get('validation')
+    splits = datasets.load_dataset('/'.join(parts[:2]), *parts[2:])
+    val = splits['validation']['text'] if 'validation' in splits else None
+    return _lines(splits['train']['text']), val and _lines(val)
   except Exception as error:  # offline, unknown, no such column: all differ
-    reason = ' '.join(str(error).split())
-    raise ValueError(
-        f'--dataset={name} cannot be loaded ({type(error).__name__}: {reason}):'
-        " it needs the network once, a split 'train' and a column 'text'"
-    ) from None
+    reason = f'{type(error).__name__}: ' + ' '.join(str(error).split())
+    raise ValueError(f'--dataset={name} cannot be loaded ({reason}): it needs '
+                     "the network, a split 'train', a column 'text'") from None
 
 
 def _split(name, documents, *, packing, val_fraction):
@@ -345,48 +319,18 @@ def _encode(documents, tokenizer, *, cache):
   starts = np.cumsum([0, *map(len, parts)])[:-1]
   tokens = np.concatenate([np.empty(0, tokenizer.dtype), *parts])
   if path:
-    try:
+    with contextlib.suppress(OSError):  # a full disk is no reason to stop
       _write(path, lambda file: np.savez(file, tokens=tokens, starts=starts))
-    except OSError as error:  # a cache is no reason to stop
-      logging.warning('the encoded text is not kept: %s', error)
   return tokens, starts
 
 
 def _write(path, write):
   """Writes a file that is either whole or not there."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-    try:
+  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with open(pathlib.Path(folder) / path.name, 'wb') as file:
       write(file)
-      file.close()
-      os.replace(file.name, path)
-    finally:
-      pathlib.Path(file.name).unlink(missing_ok=True)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-  """Refuses every name: a pickle can call any function that it names."""
-
-  def find_class(self, module, name):
-    raise pickle.UnpicklingError(f'it names {module}.{name}')
-
-
-def _read_meta(path):
-  """The tokenizer of a meta.pkl: Char, or Ids if it has no stoi."""
-  try:
-    with open(path, 'rb') as file:
-      meta = _PlainUnpickler(file).load()
-    if 'stoi' not in meta:
-      return tokenizer_lib.Ids(int(meta['vocab_size']))
-    chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
-    if meta['stoi'] != {char: i for i, char in enumerate(chars)} or (
-        {len(char) for char in chars} != {1}):
-      raise ValueError('stoi and itos do not pair single characters with ids')
-    return tokenizer_lib.Char(''.join(chars))
-  except Exception as error:  # a broken pickle raises nearly anything
-    raise ValueError(
-        f'--dataset: {path} is no plain meta.pkl ({type(error).__name__}: '
-        f'{error}): remove it to train on the ids') from None
+    os.replace(file.name, path)
 
 
 def _load_bins(name, *, tokenizer, packing):
@@ -402,13 +346,14 @@ def _load_bins(name, *, tokenizer, packing):
       raise ValueError(f'--dataset={name}: {path} has {size} bytes, where '
                        'uint16 token ids belong: write it again')
     splits[key] = tokens = np.memmap(path, '<u2', 'r')
+    tops[path] = 0
     for start in range(0, len(tokens), 1 << 24):
-      chunk = np.ascontiguousarray(tokens[start:start + (1 << 24)])
+      chunk = tokens[start:start + (1 << 24)]
       sha256.update(chunk)
-      tops[path] = max(tops.get(path, 0), int(chunk.max()))
+      tops[path] = max(tops[path], int(chunk.max()))
   meta = pathlib.Path(name) / 'meta.pkl'
   if tokenizer in ('byte', 'char') and meta.is_file():
-    tokenizer = _read_meta(meta)
+    tokenizer = tokenizer_lib.from_meta(meta)
   elif tokenizer == 'byte':
     tokenizer = tokenizer_lib.Ids(1 + max(tops.values()))
   elif tokenizer == 'char' or str(tokenizer).startswith('bpe:'):
@@ -421,7 +366,7 @@ def _load_bins(name, *, tokenizer, packing):
   if vocab_size > 2 ** 16:
     raise ValueError(
         f'--dataset={name}: a vocabulary of {vocab_size} cannot be in uint16 '
-        'files: give meta.pkl or --tokenizer one of 65536 or less')
+        'files: give the meta.pkl or --tokenizer that made them')
   for path, top in tops.items():
     if top >= vocab_size:
       raise ValueError(

@@ -29,7 +29,9 @@ def join(mode):
 
 def _launched():
   number = lambda name: int(os.environ.get(name, '1') or 1)
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
   return ('JAX_COORDINATOR_ADDRESS' in os.environ
           or number('SLURM_STEP_NUM_TASKS') > 1
           or number('OMPI_COMM_WORLD_SIZE') > 1
-          or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''))
+          # libtpu leaves a warning there when it finds no pod.
+          or (',' in hosts and ' ' not in hosts))

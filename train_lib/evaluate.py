@@ -23,17 +23,17 @@ def make_evaluator(run):
   return jax.jit(sums)
 
 
-def quick(evaluator, params, run):
+def quick(run, params):
   """Mean loss in nats a token over eval_iters fixed batches."""
   config, size = run.config, _rows(run)
   make = lambda index: lambda rows: data.eval_batch(
       run.dataset, index=index, rows=rows, batch_size=size,
       block_size=config.block_size)
   makers = [make(i) for i in range(config.eval_iters)]
-  return _mean(evaluator, params, run, makers)[0]
+  return _mean(run, params, makers)[0]
 
 
-def full(evaluator, params, run):
+def full(run, params):
   """The loss over every token of the validation split.
 
   Returns:
@@ -44,7 +44,7 @@ def full(evaluator, params, run):
   make = lambda index: lambda rows: data.full_batch(
       dataset, index=index, rows=rows, batch_size=size, block_size=T)
   count = data.full_batches(dataset, batch_size=size, block_size=T)
-  mean, tokens = _mean(evaluator, params, run, map(make, range(count)))
+  mean, tokens = _mean(run, params, map(make, range(count)))
   result = {'val_loss_full': mean, 'val_tokens': tokens}
   if dataset.val_bytes:
     # As if the first token, never a target, had the mean loss.
@@ -57,10 +57,10 @@ def _rows(run):
   return run.config.batch_size // run.config.gradient_accumulation_steps
 
 
-def _mean(evaluator, params, run, makers):
+def _mean(run, params, makers):
   """(mean loss, number of targets) over batches, read when all are queued."""
   pending = [
-      evaluator(params, sharding.global_batch(make, _rows(run), run.mesh))
+      run.evaluator(params, sharding.global_batch(make, _rows(run), run.mesh))
       for make in makers]
   sums = np.asarray(jax.device_get(pending), np.float64).sum(0)
   return float(sums[0] / max(sums[1], 1)), int(sums[1])

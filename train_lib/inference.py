@@ -16,7 +16,7 @@ def _store(workdir, mode):
   if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
     raise ValueError(f'--workdir={workdir} has no checkpoints: train there '
                      'first, or name another folder')
-  return checkpoints.Checkpoints(workdir, create=False)
+  return checkpoints.Checkpoints(workdir, read_only=True)
 
 
 def evaluate_run(config, workdir=None):
@@ -32,21 +32,25 @@ def evaluate_run(config, workdir=None):
   metrics.keep_memory()
   with _store(workdir or config.workdir, 'eval') as store:
     run = session.open_session(config, workdir)
-    wanted = {'params': run.template.params}
-    step, items, meta = _restore(store, wanted, run.workdir)
-    session.compatible(meta['config'], run.config, run.workdir)
-    result = evaluate.full(
-        evaluate.make_evaluator(run), items['params'], run)
+    _check_model(store, run.config, run.workdir)
+    step, items, _ = store.restore(
+        {'params': run.template.params}, best=True)
+    result = evaluate.full(run, items['params'])
   print(metrics.table([('step', f'{step:,}')] + [
       (name, metrics.short(value)) for name, value in result.items()]))
   return result
 
 
-def _restore(store, wanted, workdir):
-  found = store.restore(wanted, best=True)
-  if found is None:
+def _check_model(store, config, workdir):
+  """Raises if the newest checkpoint is not of the config's model.
+
+  A vocab_size that the config leaves open is filled in.
+  """
+  if not store.steps():
     raise ValueError(f'{workdir} has no finished checkpoint yet')
-  return found
+  saved = store.meta(store.steps()[-1])['config']
+  config.vocab_size = config.vocab_size or saved['vocab_size']
+  session.compatible(saved, config, workdir)
 
 
 def load(workdir, config):
@@ -56,18 +60,14 @@ def load(workdir, config):
     workdir: folder of the run.
     config: the run's config; flags that make the model must be as trained.
   """
+  config = config.copy_and_resolve_references()
   with _store(workdir, 'sample') as store:
-    newest = store.meta(store.steps()[-1]) if store.steps() else None
-    if newest is None:
-      raise ValueError(f'{workdir} has no finished checkpoint yet')
-    config = config.copy_and_resolve_references()
-    config.vocab_size = newest['config']['vocab_size']
-    session.compatible(newest['config'], config, workdir)
+    _check_model(store, config, workdir)
     skeleton = Skeleton(config)
     device = SingleDeviceSharding(jax.devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
               for name, x in skeleton.shapes.items()}
-    step, items, meta = _restore(store, {'params': wanted}, workdir)
+    step, items, meta = store.restore({'params': wanted}, best=True)
   model = skeleton.merge(items['params'])
   return model, tokenizer.from_json(meta['tokenizer']), step
 

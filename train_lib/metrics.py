@@ -40,7 +40,7 @@ class Logger:
     self.chief = jax.process_index() == 0
     self._file = self._board = self._wandb = self._bar = None
 
-  def begin(self, first, header):
+  def begin(self, first):
     """Opens the files at the step that the run starts from."""
     if not self.chief:
       return
@@ -54,7 +54,6 @@ class Logger:
       self._wandb = _import('wandb', 'wandb').init(
           project=self.config.wandb, config=self.config.to_dict(),
           dir=str(self.workdir), id=self.workdir.name, resume='allow')
-    print(header, flush=True)
     if sys.stderr.isatty() or 'ipykernel' in sys.modules:
       from tqdm.auto import tqdm
       self._bar = tqdm(total=self.config.max_iters, initial=first,
@@ -167,15 +166,29 @@ class Meter:
             '--nan_policy=skip')
 
 
-def profile(config, workdir, step):
-  """Starts and ends the trace that --profile_steps asks for."""
-  if config.profile_steps is None:
-    return
-  first, last = map(int, config.profile_steps)
-  if step == first:
-    jax.profiler.start_trace(str(workdir))
-  if step == last + 1:
-    jax.profiler.stop_trace()
+class Profiler:
+  """Writes the trace of the steps that --profile_steps names."""
+
+  def __init__(self, config, workdir):
+    steps = config.profile_steps
+    self.first, self.last = map(int, steps) if steps else (None, None)
+    self.workdir, self.running = workdir, False
+
+  def before(self, step):
+    """Called before every step."""
+    if step == self.first:
+      jax.profiler.start_trace(str(self.workdir))
+      self.running = True
+    if self.last is not None and step > self.last:
+      self.__exit__()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    if self.running:
+      jax.profiler.stop_trace()
+    self.running = False
 
 
 def keep_memory():

@@ -10,8 +10,8 @@ from train_lib import data, evaluate, metrics, sharding, tokenizer
 SAMPLE_TOKENS = 500
 
 
-def header(run, step, first):
-  """What is about to run, as text; `step` is the compiled step."""
+def header(run, first):
+  """What is about to run, as text; the step has been traced."""
   config, dataset = run.config, run.dataset
   devices = jax.devices()
   tokens = config.batch_size * config.block_size
@@ -29,7 +29,6 @@ def header(run, step, first):
        f'{dataset.vocab_size:,} ids, sha256 {dataset.sha256[:12]}'),
       ('step', f'{tokens:,} tokens, '
        f'{tokens * run.flops_per_token():.3g} FLOPs'),
-      ('memory', _memory(step)),
       ('workdir', str(run.workdir)),
   ]
   split = sharding.replicated(run.skeleton, run.mesh)
@@ -51,20 +50,22 @@ def kernels():
       for op, names in chosen.items()) or 'none needed'
 
 
-def _memory(step):
+def compiled(step, seconds):
+  """What the compiled step needs, as text."""
   stats = step.memory_analysis()
   if stats is None:
-    return 'unknown'
+    return f'compiled in {seconds:.1f} s'
   total = (stats.argument_size_in_bytes + stats.output_size_in_bytes
            - stats.alias_size_in_bytes + stats.temp_size_in_bytes)
-  return f'{total / 2 ** 20:,.0f} MiB per device'
+  return (f'compiled in {seconds:.1f} s; a step needs '
+          f'{total / 2 ** 20:,.0f} MiB per device')
 
 
 def finish(run, state, log):
   """Evaluates the whole validation split, samples, prints both."""
   config, rows = run.config, []
   if config.eval_final:
-    final = evaluate.full(evaluate.make_evaluator(run), state.params, run)
+    final = evaluate.full(run, state.params)
     log.write(int(state.step), final)
     rows.append(('validation loss', f'{final["val_loss_full"]:.4f} nats a '
                  f'token, over all {final["val_tokens"]:,} tokens'))
@@ -87,10 +88,14 @@ def finish(run, state, log):
 def _sample(run, state):
   config, vocabulary = run.config, run.dataset.tokenizer
   params = jax.device_put(state.params, jax.devices()[0])
-  ids = vocabulary.encode(config.prompt)
+  try:
+    ids = vocabulary.encode(config.prompt)
+  except ValueError:  # The default prompt need not be in every vocabulary.
+    ids = []
+  ids = ids if len(ids) else run.dataset.val[:1]
   drawn = sample.generate(
       run.skeleton.merge(params), [ids], key=jax.random.key(config.seed),
       max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-  return config.prompt + ''.join(tokenizer.stream(
+  return vocabulary.decode(ids) + ''.join(tokenizer.stream(
       vocabulary, (i for chunk in drawn for i in chunk[0])))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from configs import default
 from model.layers import pick
-from train_lib import checkpoints, data, optim, sharding
+from train_lib import checkpoints, data, evaluate, optim, sharding
 from train_lib.state import Skeleton, TrainState
 
 # Where a run is and what is done with it: not part of what it computes.
@@ -56,6 +56,11 @@ class Session:
             self.dataset, step=step, rows=rows, batch_size=config.batch_size,
             block_size=config.block_size, seed=config.seed),
         config.batch_size, self.mesh)
+
+  @functools.cached_property
+  def evaluator(self):
+    """The jitted function of train_lib.evaluate, compiled once a run."""
+    return evaluate.make_evaluator(self)
 
   def flops_per_token(self):
     """Of a training step: the forward pass, and twice as much backward."""
@@ -170,8 +175,10 @@ def restore(session, store):
 
 def compatible(saved, config, workdir):
   """Raises if a flag that makes the model differs; returns what else does."""
-  changed = {k: (saved.get(k), config[k]) for k in config
-             if k not in PLACE and _plain(saved.get(k)) != _plain(config[k])}
+  # A run that is older than a flag had its default.
+  saved = {k: saved.get(k, f.default) for k, f in default.fields().items()}
+  changed = {k: (saved[k], config[k]) for k in saved
+             if k not in PLACE and _plain(saved[k]) != _plain(config[k])}
   for flag in default.model_flags():
     if flag in changed:
       before, now = changed[flag]

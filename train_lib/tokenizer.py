@@ -5,6 +5,7 @@ import difflib
 import functools
 import itertools
 import pathlib
+import pickle
 import re
 
 import numpy as np
@@ -156,6 +157,27 @@ def from_json(saved):
   return kind(**{key: saved[key] for key in saved if key != 'kind'})
 
 
+def from_meta(path):
+  """The tokenizer of a nanoGPT meta.pkl: Char, or Ids if it has no stoi.
+
+  Raises ValueError for any other pickle.
+  """
+  try:
+    with open(path, 'rb') as file:
+      meta = _PlainUnpickler(file).load()
+    if 'stoi' not in meta:
+      return Ids(int(meta['vocab_size']))
+    chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
+    pairs = {char: i for i, char in enumerate(chars)}
+    if meta['stoi'] != pairs or {len(char) for char in chars} != {1}:
+      raise ValueError('stoi and itos do not pair single characters with ids')
+    return Char(''.join(chars))
+  except Exception as error:  # a broken pickle raises nearly anything
+    raise ValueError(
+        f'--dataset: {path} is no plain meta.pkl ({type(error).__name__}: '
+        f'{error}): remove it to train on the ids') from None
+
+
 def stream(tokenizer, ids):
   """Yields text as ids (an iterable) arrive, characters always whole.
 
@@ -168,8 +190,16 @@ def stream(tokenizer, ids):
     if not text.endswith(UNKNOWN):
       yield text[len(tokenizer.decode(context)):]
       context, pending = pending, []
-  text = tokenizer.decode(context + pending)
-  yield text[len(tokenizer.decode(context)):]
+  if pending:
+    text = tokenizer.decode(context + pending)
+    yield text[len(tokenizer.decode(context)):]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Refuses every name: a pickle can call any function that it names."""
+
+  def find_class(self, module, name):
+    raise pickle.UnpicklingError(f'it names {module}.{name}')
 
 
 def _code_points(text):

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -88,12 +89,19 @@ def train(config, workdir=None):
   run = session.open_session(config, workdir)
   with (checkpoints.Checkpoints(run.workdir) as store,
         metrics.Logger(run.config, run.workdir) as log,
+        metrics.Profiler(run.config, run.workdir) as profiler,
         Interrupt() as interrupt):
     state, first = session.restore(run, store)
     session.write_config(run)
-    step = make_step(run).lower(state, run.batch(first)).compile()
-    log.begin(first, report.header(run, step, first))
-    state = _loop(run, step, state, first, store, log, interrupt)
+    step = make_step(run).lower(state, run.batch(first))
+    log.say(report.header(run, first))
+    started = time.perf_counter()
+    step = step.compile()
+    log.say(report.compiled(step, time.perf_counter() - started))
+    log.begin(first)
+    state = _loop(
+        run, step, state, first, store=store, log=log, profiler=profiler,
+        interrupt=interrupt)
     store.wait()
     if interrupt.asked:
       log.say(f'stopped; the same command with --workdir={run.workdir} goes '
@@ -103,20 +111,20 @@ def train(config, workdir=None):
   return log.history
 
 
-def _loop(run, step, state, first, store, log, interrupt):
+def _loop(run, step, state, first, *, store, log, profiler, interrupt):
   """Runs steps [first, max_iters): dispatched, never waited for."""
   config, meter = run.config, metrics.Meter(run, log, first)
-  evaluator, val_loss = evaluate.make_evaluator(run), float('inf')
+  val_loss = float('inf')
   save_every = config.checkpoint_interval
   save_every = config.eval_interval if save_every is None else save_every
   for index in range(first, config.max_iters):
-    metrics.profile(config, run.workdir, index)
+    profiler.before(index)
     state, values = step(state, run.batch(index))
     meter.add(values)  # The host reads the step before.
     done, last = index + 1, index + 1 == config.max_iters
     if due(done, config.eval_interval) or last:
       with meter.pause():
-        val_loss = evaluate.quick(evaluator, state.params, run)
+        val_loss = evaluate.quick(run, state.params)
         log.write(done, {'val_loss': val_loss})
     stop = interrupt.requested(store, done)
     if stop or last or due(done, save_every):

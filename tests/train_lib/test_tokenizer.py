@@ -1,11 +1,13 @@
 """Tokenizers: exact round trips, streams, and every refusal."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
 import pytest
 
+from train_lib import data
 from train_lib import tokenizer as tokenizer_lib
 
 TEXT = 'The cat sat.\nThe café was naïve: 5 €, 日本語 🙂.\n' * 40
@@ -100,13 +102,13 @@ def test_char_names_what_it_does_not_know(text):
 
 def test_bpe_is_the_same_every_time_and_cuts_do_not_show(monkeypatch):
   tokenizers = pytest.importorskip('tokenizers')
-  text = TEXT + 'a\n\nb\n  c \n\td\r\ne'
-  first = tokenizer_lib.make('bpe:300', [text])
-  assert first.vocab_size == 300
+  text = TEXT + 'a\n\n\n\n\nb\n  c \n\td\r\ne' * 40
+  first = tokenizer_lib.make('bpe:290', [text])
+  assert first.vocab_size == 290
   whole = tokenizers.Tokenizer.from_str(first.text).encode(text).ids
   monkeypatch.setattr(tokenizer_lib, 'CHUNK', 2)
   assert len(list(tokenizer_lib._chunks(text))) > 40
-  assert tokenizer_lib.make('bpe:300', [text]) == first
+  assert tokenizer_lib.make('bpe:290', [text]) == first
   assert first.encode(text).tolist() == whole
 
 
@@ -129,6 +131,28 @@ def test_stream_of_a_tokenizer_that_joins_words(tmp_path):
   ids = tokenizer.encode('deeper sea')
   assert ids.tolist() == [1, 2, 3]
   assert list(tokenizer_lib.stream(tokenizer, ids)) == ['deep', 'er', ' sea']
+
+
+def test_bpe_encoding_is_kept(tmp_path, monkeypatch):
+  pytest.importorskip('tokenizers')
+  path, cache = tmp_path / 'tale.txt', tmp_path / 'cache'
+  path.write_bytes(TEXT.encode())
+  load = lambda **kwargs: data.load(
+      str(path), tokenizer='bpe:280', cache_dir=cache, **kwargs)
+  first = load()
+  assert first.train.dtype == np.uint16
+  kept = sorted(cache.iterdir())
+  assert [path.suffix for path in kept] == ['.npz', '.npz']
+  with monkeypatch.context() as patch:
+    patch.setattr(tokenizer_lib.Bpe, 'encode', None)
+    again = load()
+  np.testing.assert_array_equal(first.train, again.train)
+  np.testing.assert_array_equal(first.val, again.val)
+  assert first.tokenizer.decode(first.train) == TEXT[:int(0.9 * len(TEXT))]
+  kept[0].write_bytes(b'PK damaged')
+  np.testing.assert_array_equal(load().train, first.train)
+  load(val_fraction=0.3)
+  assert len(list(cache.iterdir())) == 4
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -163,6 +187,43 @@ def test_ids_are_written_with_spaces():
   tokenizer = tokenizer_lib.Ids(50257)
   assert tokenizer.encode('1 50256\n3').tolist() == [1, 50256, 3]
   assert tokenizer.decode(np.array([1, 50256, 3], np.uint16)) == '1 50256 3'
+
+
+class Attack:
+
+  def __reduce__(self):
+    return print, ('this ran',)
+
+
+def meta_of(chars, **changes):
+  return dict(vocab_size=len(chars), stoi={c: i for i, c in enumerate(chars)},
+              itos=dict(enumerate(chars))) | changes
+
+
+@pytest.mark.parametrize('meta, message', [
+    (Attack(), r'no plain meta.pkl .*builtins.print.*remove it'),
+    (['a'], r'no plain meta.pkl'),
+    (meta_of('abc', itos={0: 'a', 1: 'b'}), r'no plain meta.pkl \(KeyError'),
+    (meta_of('abc', itos={0: 'b', 1: 'a', 2: 'c'}), r'do not pair'),
+    (meta_of(['ab', 'c']), r'do not pair')],
+    ids=['attack', 'list', 'hole', 'order', 'words'])
+def test_bad_meta(tmp_path, capsys, meta, message):
+  path = tmp_path / 'meta.pkl'
+  path.write_bytes(pickle.dumps(meta))
+  with pytest.raises(ValueError, match=message):
+    tokenizer_lib.from_meta(path)
+  assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('meta, tokenizer', [
+    (meta_of('zaé'), tokenizer_lib.Char('zaé')),
+    (meta_of('ab', itos=['a', 'b']), tokenizer_lib.Char('ab')),
+    ({'vocab_size': 50304}, tokenizer_lib.Ids(50304))],
+    ids=['dict', 'list', 'ids'])
+def test_good_meta(tmp_path, meta, tokenizer):
+  path = tmp_path / 'meta.pkl'
+  path.write_bytes(pickle.dumps(meta))
+  assert tokenizer_lib.from_meta(path) == tokenizer
 
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch):
