@@ -50,7 +50,7 @@ def build(config, skeleton):
 
 
 def _muon(b1, b2, skeleton):
-  """Muon for matrices between activations, Adam for all else.
+  """Muon for matrices between activations, Nesterov Adam for all else.
 
   The updates have Adam's size (root mean square 0.2, Liu et al. 2025), so
   that one learning rate serves both.

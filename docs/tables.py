@@ -1,0 +1,92 @@
+"""Writes the tables of flags into README.md and docs/variants.md.
+
+  python -m docs.tables          # writes them
+  python -m docs.tables --check  # fails if they are not what the code says
+"""
+
+import pathlib
+import re
+import sys
+
+import attention
+from configs import default
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def attention_flags():
+  """Flags of attention with defaults, help and variants, as Markdown."""
+  rows = ['| flag | default | meaning | variants |', '|---|---|---|---|']
+  for title, table in default.groups().items():
+    if not title.startswith('Attention'):
+      continue
+    variants = title.split(': ')[1]
+    for name, field in table.items():
+      value = 'none' if field.default is None else field.default
+      rows.append(f'| `{name}` | {value} | {_cell(field.metadata["help"])} | '
+                  f'{variants} |')
+  return '\n'.join(rows)
+
+
+def all_flags():
+  """Every other flag, group by group."""
+  parts = []
+  for title, table in default.groups().items():
+    if title.startswith('Attention'):
+      continue
+    rows = [f'**{title}**', '', '| flag | default | meaning |', '|---|---|---|']
+    for name, field in table.items():
+      value = 'none' if field.default is None else field.default
+      rows.append(
+          f'| `{name}` | {_cell(repr(value) if value == chr(10) else value)} '
+          f'| {_cell(field.metadata["help"])} |')
+    parts.append('\n'.join(rows))
+  return '\n\n'.join(parts)
+
+
+def matrix():
+  """Flags x variants: x works, empty raises."""
+  names = attention.names()
+  flags = sorted({f for name in names for f in attention.flags(name)})
+  rows = ['| flag | ' + ' | '.join(names) + ' |',
+          '|---|' + ':-:|' * len(names)]
+  for flag in flags:
+    marks = ['x' if flag in attention.flags(n) else '' for n in names]
+    rows.append(f'| `{flag}` | ' + ' | '.join(marks) + ' |')
+  return '\n'.join(rows)
+
+
+def _cell(text):
+  return str(text).replace('|', '\\|')
+
+
+TABLES = {'attention-flags': attention_flags, 'all-flags': all_flags,
+          'matrix': matrix}
+FILES = ('README.md', 'docs/variants.md', 'docs/flags.md')
+
+
+def fill(text):
+  """Replaces what stands between the markers of each table."""
+  for name, make in TABLES.items():
+    marker = re.compile(
+        f'(<!-- {name} -->\n).*?(<!-- end of {name} -->)', re.DOTALL)
+    text = marker.sub(lambda m, make=make: m[1] + make() + '\n' + m[2], text)
+  return text
+
+
+def main():
+  stale = []
+  for name in FILES:
+    path = ROOT / name
+    before = path.read_text()
+    after = fill(before)
+    if after != before:
+      stale.append(name)
+      if '--check' not in sys.argv:
+        path.write_text(after)
+  if stale and '--check' in sys.argv:
+    sys.exit(f'{", ".join(stale)}: run python -m docs.tables')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,74 @@
+"""Two processes are one run."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from train_lib import distributed
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(config, workdir, *, devices, environment):
+  """A process of main.py on so many CPU devices."""
+  path = workdir.parent / 'config.json'
+  path.write_text(json.dumps(config.to_dict()))
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  return subprocess.Popen(
+      [sys.executable, 'main.py', f'--config={path}', f'--workdir={workdir}'],
+      cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,
+           **environment})
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(config, tmp_path):
+  config.update(mesh_data=2, mesh_fsdp=4, dropout=0.0, eval_final=True)
+  one = start(config, tmp_path / 'one', devices=8, environment={})
+  out = one.communicate(timeout=300)[0]
+  assert one.returncode == 0, out
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  two = [start(config, tmp_path / 'two', devices=4, environment={
+      'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+      'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(i)}) for i in range(2)]
+  for process in two:
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+  rows = [[json.loads(row) for row in
+           (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
+          for name in ('one', 'two')]
+  for a, b in zip(*rows, strict=True):
+    for name in ('loss', 'val_loss', 'val_loss_full'):
+      if name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=2e-5)
+
+
+def test_what_a_launcher_says(monkeypatch):
+  joined = []
+  monkeypatch.setattr(
+      distributed.jax.distributed, 'initialize',
+      lambda *args: joined.append(args))
+  for name in ('JAX_COORDINATOR_ADDRESS', 'SLURM_STEP_NUM_TASKS',
+               'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'):
+    monkeypatch.delenv(name, raising=False)
+  distributed.join('auto')
+  assert not joined
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'one,two')
+  distributed.join('no')
+  assert not joined
+  distributed.join('auto')
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'host:1234')
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '4')
+  monkeypatch.setenv('JAX_PROCESS_ID', '3')
+  distributed.join('auto')
+  assert joined == [(), ('host:1234', 4, 3)]
+  with pytest.raises(ValueError, match='unknown distributed'):
+    distributed.join('perhaps')
