@@ -96,6 +96,7 @@ def flash_attention(
   static = isinstance(q_offset, int)
   call = _Call(module, tuple(options.items()), q_offset if static else None)
   q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
+  q, k, v, sink = _varying_alike(q, k, v, sink)
   return _attend(call, q, k, v, q_ids, kv_ids, sink,
                  None if static else q_offset)
 
@@ -143,6 +144,17 @@ def _attend_backward(call, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _varying_alike(*arrays):
+  """Marks all as varying over the mesh axes of any, inside jax.shard_map.
+
+  Its transpose sums the gradient of what was replicated, a sink for one, over
+  those axes. XLA removes the sum with zero.
+  """
+  zero = sum(jnp.zeros_like(x, jnp.float32, shape=())
+             for x in arrays if x is not None)
+  return [x if x is None else x + zero.astype(x.dtype) for x in arrays]
 
 
 def _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink):

@@ -4,6 +4,7 @@ The softmax is in float32, the matmuls take the input dtype and accumulate in
 float32. O(T S) memory.
 """
 
+import jax
 import jax.numpy as jnp
 
 
@@ -16,37 +17,39 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
 def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
             softcap):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
-  s, seen, _ = _scores(q, k, q_ids, kv_ids, q_offset, scale, causal, window,
-                       softcap)
-  top = jnp.max(s, axis=-1, where=seen, initial=-jnp.inf)
-  top = jnp.where(jnp.isneginf(top), 0.0, top)
-  e = jnp.where(seen, jnp.exp(s - top[..., None]), 0.0)
-  total = jnp.sum(e, axis=-1)
-  out = _matmul('BKGTS,BSKV->BTKGV', e.astype(v.dtype), v)
-  # Dividing here, not before the product, is T S divisions fewer.
-  out /= jnp.moveaxis(jnp.where(total == 0, 1.0, total), 3, 1)[..., None]
   B, T, N, _ = q.shape
+  K = k.shape[2]
+  s, seen, _ = _scores(_split(q, K), _split(k, K), B, T, q_ids, kv_ids,
+                       q_offset, scale, causal, window, softcap)
+  s = jnp.where(seen, s, -jnp.inf)
+  top = jnp.max(s, axis=-1, keepdims=True)
+  top = jnp.where(jnp.isneginf(top), 0.0, top)
+  p = jnp.exp(s - top)
+  total = jnp.sum(p, axis=-1, keepdims=True)
+  p = p.reshape(B * K, -1, p.shape[-1]).astype(v.dtype)
+  out = _dot(p, _split(v, K), 2, 1)
+  # Dividing here, not before the product, is T S divisions fewer.
+  out /= jnp.where(total == 0, 1.0, total).reshape(B * K, -1, 1)
   lse = (top + jnp.log(total)).reshape(B, N, T)
-  return out.reshape(B, T, N, -1).astype(q.dtype), lse
+  return _join(out, B, T).astype(q.dtype), lse
 
 
 def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
              causal, window, softcap):
   """Returns the gradients of q, k and v; see the package."""
-  s, seen, dcap = _scores(q, k, q_ids, kv_ids, q_offset, scale, causal, window,
-                          softcap)
-  B, K, G, T, _ = s.shape
-  dout = dout.reshape(B, T, K, G, -1)
-  grouped = q.reshape(B, T, K, G, -1)
-  lse = lse.reshape(B, K, G, T, 1)
-  delta = delta.reshape(B, K, G, T, 1)
-  p = jnp.where(seen, jnp.exp(s - lse), 0.0)
-  dp = _matmul('BTKGV,BSKV->BKGTS', dout, v)
-  ds = (p * (dp - delta) * dcap * scale).astype(q.dtype)
-  dq = _matmul('BKGTS,BSKH->BTKGH', ds, k).reshape(q.shape)
-  dk = _matmul('BKGTS,BTKGH->BSKH', ds, grouped)
-  dv = _matmul('BKGTS,BTKGV->BSKV', p.astype(q.dtype), dout)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+  B, T, _, _ = q.shape
+  S, K = k.shape[1:3]
+  q, k, v, dout = (_split(x, K) for x in (q, k, v, dout))
+  s, seen, slope = _scores(q, k, B, T, q_ids, kv_ids, q_offset, scale, causal,
+                           window, softcap)
+  p = jnp.where(seen, jnp.exp(s - lse.reshape(B, K, -1, T, 1)), 0.0)
+  dp = _dot(dout, v, 2, 2).reshape(s.shape)
+  ds = p * (dp - delta.reshape(B, K, -1, T, 1)) * (slope * scale)
+  p = p.reshape(B * K, -1, S).astype(q.dtype)
+  ds = ds.reshape(B * K, -1, S).astype(q.dtype)
+  gradients = (_join(_dot(ds, k, 2, 1), B, T), _join(_dot(ds, q, 1, 1), B, S),
+               _join(_dot(p, dout, 1, 1), B, S))
+  return tuple(x.astype(q.dtype) for x in gradients)
 
 
 def visible(row, column, q_ids, kv_ids, causal, window):
@@ -72,11 +75,11 @@ def visible(row, column, q_ids, kv_ids, causal, window):
   return seen
 
 
-def _scores(q, k, q_ids, kv_ids, q_offset, scale, causal, window, softcap):
+def _scores(q, k, B, T, q_ids, kv_ids, q_offset, scale, causal, window,
+            softcap):
   """Scores [B,K,G,T,S], the mask, and d(capped score) / d(score)."""
-  B, T, N, H = q.shape
-  S, K = k.shape[1:3]
-  s = _matmul('BTKGH,BSKH->BKGTS', q.reshape(B, T, K, N // K, H), k) * scale
+  S = k.shape[1]
+  s = _dot(q, k, 2, 2).reshape(B, k.shape[0] // B, -1, T, S) * scale
   slope = 1.0
   if softcap:
     bounded = jnp.tanh(s / softcap)
@@ -86,6 +89,18 @@ def _scores(q, k, q_ids, kv_ids, q_offset, scale, causal, window, softcap):
   return s, seen, slope
 
 
-def _matmul(equation, a, b):
-  return jnp.einsum(equation, a, b,
-                    preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+def _split(x, K):
+  """[B,T,N,X] -> [B K, G T, X]: batched matmuls of two-dimensional blocks."""
+  x = jnp.swapaxes(x, 1, 2)
+  return x.reshape(x.shape[0] * K, -1, x.shape[-1])
+
+
+def _join(x, B, T):
+  """[B K, G T, X] -> [B,T,N,X]."""
+  return jnp.swapaxes(x.reshape(B, -1, T, x.shape[-1]), 1, 2)
+
+
+def _dot(a, b, a_axis, b_axis):
+  return jax.lax.dot_general(
+      a, b, (((a_axis,), (b_axis,)), ((0,), (0,))),
+      preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))

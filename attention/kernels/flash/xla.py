@@ -11,6 +11,8 @@ backward pass: with these, no matmul reads its left side transposed, which
 takes XLA:CPU twice the time.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +21,14 @@ from attention.kernels.flash.plain import check
 
 __all__ = ['backward', 'check', 'forward']
 
-# Rows (queries times heads of a group) and columns of a tile, and the largest
-# number of scores of a head that is not cut into tiles.
+# Rows (queries times heads of a group) and columns of a tile: 1 MiB of scores.
 ROWS = 512
 COLUMNS = 512
-SINGLE_TILE = 512 * 1024
+# Up to so many scores of a key head are computed at once.
+UNCUT_SCORES = 256 * 512
+# Up to so many queries read a cache where it lies, so many keys at a time.
+DECODE_QUERIES = 16
+DECODE_KEYS = 2048
 
 
 def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
@@ -32,9 +37,12 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   G = N // K
-  if G * T * S <= SINGLE_TILE or T == 1:
-    return plain.forward(q, k, v, q_ids, kv_ids, q_offset, scale=scale,
-                         causal=causal, window=window, softcap=softcap)
+  uncut = functools.partial(plain.forward, scale=scale, causal=causal,
+                            window=window, softcap=softcap)
+  if T <= DECODE_QUERIES:
+    return _decode(uncut, q, k, v, q_ids, kv_ids, q_offset, causal, window)
+  if G * T * S <= UNCUT_SCORES:
+    return uncut(q, k, v, q_ids, kv_ids, q_offset)
   tiles = _Tiles(T, S, G, q_offset, causal, window, q_ids is not None)
   accumulator = jnp.promote_types(q.dtype, jnp.float32)
 
@@ -83,7 +91,7 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   G = N // K
-  if G * T * S <= SINGLE_TILE or T == 1:
+  if T <= DECODE_QUERIES or G * T * S <= UNCUT_SCORES:
     return plain.backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta,
                           scale=scale, causal=causal, window=window,
                           softcap=softcap)
@@ -132,6 +140,40 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
   dq, dk, dv = jax.lax.map(one_head, operands)
   return (tiles.join_queries(dq, B), tiles.join_keys(dk, B),
           tiles.join_keys(dv, B))
+
+
+def _decode(attend, q, k, v, q_ids, kv_ids, q_offset, causal, window):
+  """Few queries: merges the blocks of keys that they can see.
+
+  Laying a whole cache out by heads, as the tiles want it, costs more than the
+  attention.
+  """
+  T, S = q.shape[1], k.shape[1]
+
+  def partial(start, size):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    ids = None if kv_ids is None else cut(kv_ids)
+    return attend(q, cut(k), cut(v), q_ids, ids, q_offset - start)
+
+  def merge(j, carry):
+    out, lse = carry
+    new_out, new_lse = partial(j * DECODE_KEYS, DECODE_KEYS)
+    total = jnp.logaddexp(lse, new_lse)
+    shift = jnp.where(jnp.isneginf(total), 0.0, total)
+    share = lambda x: jnp.swapaxes(jnp.exp(x - shift), 1, 2)[..., None]
+    return out * share(lse) + new_out * share(new_lse), total
+
+  count = -(-S // DECODE_KEYS) - 1
+  out, lse = partial(count * DECODE_KEYS, S - count * DECODE_KEYS)
+  if count:
+    start, stop = 0, count
+    if causal:
+      stop = jnp.clip(-(-(q_offset + T) // DECODE_KEYS), 0, count)
+    if window:
+      start = jnp.clip((q_offset - window + 1) // DECODE_KEYS, 0, stop)
+    out, lse = jax.lax.fori_loop(
+        start, stop, merge, (out.astype(lse.dtype), lse))
+  return out.astype(q.dtype), lse
 
 
 class _Tiles:
@@ -272,5 +314,6 @@ def _cut(length, block):
 
 
 def _pad(x, length):
-  return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths)
 

@@ -1,0 +1,24 @@
+"""What the kernels' tests share."""
+
+import math
+import re
+
+import numpy as np
+
+
+def relative_rms(got, want):
+  """Root mean square of the error over that of the wanted values."""
+  got, want = (np.asarray(a).astype(np.float64) for a in (got, want))
+  assert got.shape == want.shape, (got.shape, want.shape)
+  error, size = (np.sqrt((a**2).sum()) for a in (got - want, want))
+  return error / size if size else error
+
+
+def same_bits(one, other):
+  return np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def largest_buffer(compiled):
+  """Most elements that any array of a compiled program has."""
+  shapes = re.findall(r'\b(?:f32|bf16)\[([\d,]+)\]', compiled.as_text())
+  return max(math.prod(map(int, shape.split(','))) for shape in shapes)
