@@ -73,7 +73,8 @@ def chunked_linear_attention(
       changes. None: one document.
     segment_id0: id of the document that s0 belongs to. None: that of the
       first step, so that s0 always counts.
-    normalize: eps, added to the denominator q_t^T z_t. None: no denominator.
+    normalize: eps > 0, added to the denominator q_t^T z_t. None: no
+      denominator.
     implementation: 'auto', 'xla', 'tpu' or 'gpu'.
 
   Returns:
@@ -82,7 +83,7 @@ def chunked_linear_attention(
     the ids has a gradient, in reverse mode.
 
   Raises:
-    ValueError: a shape that does not fit, an unknown implementation.
+    ValueError: a shape or an eps that does not fit, an unknown implementation.
     NotImplementedError: a named implementation that cannot do this.
   """
   s0, z0 = s0 if isinstance(s0, tuple) else (s0, None)
@@ -122,6 +123,8 @@ def _check(q, k, v, decay, s0, z0, segment_ids, normalize):
         'repeat or drop query heads')
   if time == 0:
     raise ValueError('q has T=0 steps: give it at least one')
+  if normalize is not None and normalize <= 0:
+    raise ValueError(f'normalize ({normalize}) must be positive: use 1e-6')
   if s0 is not None and (normalize is None) != (z0 is None):
     raise ValueError(
         f's0 does not fit normalize={normalize}: give the pair (S, z) with '

@@ -84,7 +84,8 @@ def _chunk(state, inputs, starts, normalize):
 
   carried = jnp.einsum('BKGTH,BKH->BKGT', q, z)
   carried = jnp.where(from_state[:, None, None], carried, 0.0)
-  y = y / (weights.sum(-1) + carried + normalize)[..., None]
+  # The reciprocal first: its gradient takes one division a row.
+  y = y * (1 / (weights.sum(-1) + carried + normalize))[..., None]
   z_kept = z if decay is None else z * before[:, :, -1, None]
   z = jnp.where(survives, z_kept, 0.0) + k_kept.sum(-2)
   return (S, z), y
@@ -105,12 +106,19 @@ def _decays(decay):
   """Decay from step s to t, [B, K, T, S], and from the state to t, [B, K, T].
 
   Sums of log decays, never differences of sums: they are <= 0 however they
-  round, and exact beside a decay of any size, -inf too.
+  round, and exact beside a decay of any size. As products with a triangle of
+  ones: on a CPU these are cheaper than cumulative sums.
   """
+  # A product has no room for 0 * inf; exp of this is 0 just the same.
+  decay = jnp.maximum(decay, -1e30)
   steps = decay.shape[-1]
+  until = jnp.tril(jnp.ones((steps, steps)))
   later = jnp.tril(jnp.ones((steps, steps), bool), -1)
-  within = jnp.cumsum(jnp.where(later, decay[..., None], 0.0), axis=-2)
-  return jnp.exp(within), jnp.exp(jnp.cumsum(decay, axis=-1))
+  within = jnp.einsum(
+      'TU,BKUS->BKTS', until, jnp.where(later, decay[..., None], 0.0),
+      precision='highest')
+  before = jnp.einsum('TU,BKU->BKT', until, decay, precision='highest')
+  return jnp.exp(within), jnp.exp(before)
 
 
 def _inputs(q, k, v, decay):

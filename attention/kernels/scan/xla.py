@@ -94,7 +94,8 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   _, dx_skip, dD, dz = pull_output(dy)
   ddt, ddt_bias = pull_delta(ddelta)
   return scan.Operands(
-      dx + dx_skip, ddt, dA.sum(0).T, dB, dC, dD, dz, ddt_bias, dh0.swapaxes(1, 2))
+      dx + dx_skip, ddt, dA.sum(0).T, dB, dC, dD, dz, ddt_bias,
+      dh0.swapaxes(1, 2))
 
 
 def _einsum(equation, *operands):
