@@ -49,11 +49,15 @@ class Flash(Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotary:
-  use_rotary_embeddings: bool = option(
-      False, 'rotate queries and keys by their positions')
+class RopeBase:
   rope_base: float = option(
       10000.0, 'longest wavelength of the rotary embeddings / 2 pi')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary(RopeBase):
+  use_rotary_embeddings: bool = option(
+      False, 'rotate queries and keys by their positions')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +67,13 @@ class GroupedQueries:
 
 
 @dataclasses.dataclass(frozen=True)
-class QKNorm:
+class PlainQKNorm:
   use_qk_norm: bool = option(
       False, 'RMS-normalise queries and keys over the head width')
+
+
+@dataclasses.dataclass(frozen=True)
+class QKNorm(PlainQKNorm):
   use_qk_norm_scale: bool = option(
       False, 'with use_qk_norm: scores are g cos(q, k) with a learned g')
 

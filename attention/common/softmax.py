@@ -10,15 +10,37 @@ from attention.kernels.flash import flash_attention
 from model.layers import mesh_size, param, rms_normalize, rotary
 
 
-def kv_heads(config, options):
-  """K, checked against n_head."""
-  n_head = config.n_head
-  groups = n_head if options.n_kv_group is None else options.n_kv_group
+def head_width(config):
+  """H, the width of heads that share n_embd."""
+  if config.n_embd % config.n_head:
+    raise ValueError(f'n_head ({config.n_head}) must divide n_embd '
+                     f'({config.n_embd})')
+  return config.n_embd // config.n_head
+
+
+def check_groups(flag, groups, n_head):
+  """Raises unless the heads fall into so many groups of one size."""
   if groups < 1 or n_head % groups:
     divisors = [str(d) for d in range(1, n_head + 1) if n_head % d == 0]
-    raise ValueError(f'n_kv_group ({groups}) must divide n_head ({n_head}): '
-                     f'use {", ".join(divisors[:-1])} or {divisors[-1]}')
+    raise ValueError(f'{flag} ({groups}) must divide n_head ({n_head}): use '
+                     + ' or '.join(filter(None, (
+                         ', '.join(divisors[:-1]), divisors[-1]))))
+
+
+def kv_heads(config, options):
+  """K, checked against n_head."""
+  groups = (config.n_head if options.n_kv_group is None
+            else options.n_kv_group)
+  check_groups('n_kv_group', groups, config.n_head)
   return groups
+
+
+def head_shards(ctx, n_head):
+  """The shards over which the mesh lays n_head heads."""
+  shards = mesh_size(ctx.mesh, 'heads')
+  if n_head % shards:
+    raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({n_head})')
+  return shards
 
 
 def attend(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None, **kwargs):
@@ -38,10 +60,8 @@ def attend(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None, **kwargs):
   Returns:
     [B,T,N,V].
   """
-  shards = mesh_size(ctx.mesh, 'heads')
   N, K = q.shape[2], k.shape[2]
-  if N % shards:
-    raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({N})')
+  shards = head_shards(ctx, N)
   if K % shards:
     if shards % K:
       raise ValueError(f'mesh_tensor ({shards}) must be a multiple or a '
@@ -115,13 +135,50 @@ def append(cache, values, segment_ids, *, window):
   return seen[:-1], (segment_ids, seen[-1]), offset, cache
 
 
+def recall(values, ctx, state, *, window):
+  """What the tokens of a call may attend to: each other, or also a state.
+
+  Args:
+    values: arrays [B,T,...] of the tokens.
+    ctx: the Context.
+    state: a cache, or None.
+    window: as in init_cache.
+
+  Returns:
+    (arrays, segment_ids and q_offset for `attend`, the new state).
+  """
+  if state is not None:
+    return append(state, values, ctx.segment_ids, window=window)
+  ids = ctx.segment_ids
+  return values, None if ids is None else (ids, ids), 0, None
+
+
 def visible(length, window):
   """Mean number of tokens that a token sees, itself included."""
   seen = min(window or length, length)
   return seen - seen * (seen - 1) / (2 * length)
 
 
-def _check_lobo(options):
+def softcap_of(options):
+  """The bound of the group Softcap, 0.0 where there is none."""
+  softcap = options.attn_logit_softcapping or 0.0
+  if softcap < 0:
+    raise ValueError(f'attn_logit_softcapping ({softcap}) must be positive, '
+                     'or none for no cap')
+  return softcap
+
+
+def window_of(options):
+  """The window of the group Window, 0 where there is none."""
+  window = options.window_size or 0
+  if window < 0:
+    raise ValueError(f'window_size ({window}) must be positive, or none for '
+                     'no window')
+  return window
+
+
+def sink_param(config, options):
+  """The learned lambda of the group Lobo: one, or one a head; else None."""
   learned, constant = options.use_flash_lobo, options.use_flash_obo_const
   if learned and constant:
     raise ValueError('use_flash_lobo learns lambda, use_flash_obo_const '
@@ -135,6 +192,27 @@ def _check_lobo(options):
     raise ValueError(
         f'flash_lobo_log_const ({options.flash_lobo_log_const}) has no '
         'effect without use_flash_lobo or use_flash_obo_const')
+  if not learned:
+    return None
+  shape = (config.n_head,) if options.use_flash_lobo_per_head else ()
+  axes = ('heads',) * len(shape)
+  return param(jnp.full(shape, options.flash_lobo_log_const), *axes,
+               decay=False)
+
+
+def sink_values(log_sink, options, n_head):
+  """lambda of every query head, float32 [N], or None.
+
+  Args:
+    log_sink: what `sink_param` made of the options.
+    options: they have the group Lobo.
+    n_head: N.
+  """
+  if log_sink is not None:
+    return jnp.broadcast_to(log_sink[...], (n_head,))
+  if options.use_flash_obo_const:
+    return jnp.full((n_head,), options.flash_lobo_log_const)
+  return None
 
 
 class Softmax(nnx.Module):
@@ -151,17 +229,9 @@ class Softmax(nnx.Module):
     self.n_head = N
     self.dtype = config.compute_dtype
     self.shapes = (kv_shape, (kv_shape[0], value_width))
-    self.softcap = options.attn_logit_softcapping or 0.0
-    self.window = options.window_size or 0
-    if self.softcap < 0:
-      raise ValueError(f'attn_logit_softcapping ({self.softcap}) must be '
-                       'positive, or none for no cap')
-    if self.window < 0:
-      raise ValueError(f'window_size ({self.window}) must be positive, or '
-                       'none for no window')
-    _check_lobo(options)
+    self.softcap, self.window = softcap_of(options), window_of(options)
     self.g = self._scale(config) if options.use_qk_norm_scale else None
-    self.log_sink = self._lobo() if options.use_flash_lobo else None
+    self.log_sink = sink_param(config, options)
 
   def _scale(self, config):
     if not self.options.use_qk_norm:
@@ -170,20 +240,6 @@ class Softmax(nnx.Module):
     length = config.block_size
     # Henry et al. 2020, section 3.2; a length of 1 has nothing to tell apart.
     return param(math.log2(max(length * length - length, 2)), decay=False)
-
-  def _lobo(self):
-    shape = (self.n_head,) if self.options.use_flash_lobo_per_head else ()
-    axes = ('heads',) * len(shape)
-    return param(jnp.full(shape, self.options.flash_lobo_log_const), *axes,
-                 decay=False)
-
-  def sink(self):
-    """lambda of every query head, float32 [N], or None."""
-    if self.log_sink is not None:
-      return jnp.broadcast_to(self.log_sink[...], (self.n_head,))
-    if self.options.use_flash_obo_const:
-      return jnp.full((self.n_head,), self.options.flash_lobo_log_const)
-    return None
 
   def __call__(self, q, k, v, ctx, state=None):
     """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state)."""
@@ -195,16 +251,13 @@ class Softmax(nnx.Module):
     if self.g is not None:
       # |rms_normalize(q)| = sqrt(H), so that s = g cos(q, k).
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]
-    segment_ids, q_offset = None, 0
-    if state is not None:
-      (k, v), segment_ids, q_offset, state = append(
-          state, (k, v), ctx.segment_ids, window=self.window)
-    elif ctx.segment_ids is not None:
-      segment_ids = (ctx.segment_ids, ctx.segment_ids)
+    (k, v), segment_ids, q_offset, state = recall(
+        (k, v), ctx, state, window=self.window)
     y = attend(
         q, k, v, ctx, segment_ids=segment_ids, q_offset=q_offset,
-        sink=self.sink(), scale=scale, softcap=self.softcap,
-        window=self.window, implementation=self.implementation)
+        sink=sink_values(self.log_sink, options, self.n_head), scale=scale,
+        softcap=self.softcap, window=self.window,
+        implementation=self.implementation)
     return y, state
 
   def init_state(self, batch, length):

@@ -1,0 +1,150 @@
+"""Co4: latent queries and triadic modulation (Adeel 2025).
+
+  for each of triadic_loops:                https://arxiv.org/abs/2505.06257
+    C_t   = mean_{s <= t} (K_s + V_s) / 2
+    Q_t,l = MOD(Q_t,l, C_t)                 at first the learned latent l
+    K_t   = MOD(K_t, (mean_l Q_t,l + V_t) / 2)
+    V_t   = MOD(V_t, (mean_l Q_t,l + K_t) / 2)
+  y_t = W_O mean_l sum_{s <= t} softmax_s(s_l,ts) V_s
+
+with K = W_K x and V = W_V x in heads of width H; all but the projections is
+float32. As published, means and softmax are over the whole sequence, and all
+tokens get the same output, which sees the future. co4_mode makes it causal:
+
+  streaming  s_l,ts = Q_s,l . K_s / sqrt(H): a token is scored when it comes,
+             and the softmax is a running one. Time O(n_latent T); a constant
+             state, D (n_latent + triadic_loops) + 2 n_latent n_head numbers.
+  exact      s_l,ts = Q_t,l . K_s / sqrt(H): every token asks all earlier ones
+             anew. Time O(n_latent T^2); the state adds keys and values, 2 D
+             numbers a token. Without loops the same as streaming.
+
+co4_mode=bidirectional, the published form within a segment, is for encoders.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention.common import options as flags
+from attention.common import softmax, triadic
+from attention.common.options import option
+from attention.kernels.arguments import segment_starts
+from model.layers import Einsum, param
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(flags.Softcap, flags.Lobo, flags.Flash):
+  n_latent: int = option(4, 'latent queries')
+  triadic_loops: int = option(
+      1, 'passes in which queries, keys and values modulate each other')
+  mod_fn: str = option('cooperation', 'modulation: ' + ', '.join(triadic.MODS))
+  co4_mode: str = option(
+      'streaming', 'streaming (linear time), exact (quadratic); '
+      'bidirectional is for encoders alone')
+
+
+class Attention(nnx.Module):
+  """The causal modes."""
+
+  modes = ('streaming', 'exact')
+
+  def __init__(self, config, options, *, rngs):
+    triadic.check(options, self.modes)
+    D, N, H = config.n_embd, config.n_head, softmax.head_width(config)
+    self.options, self.dtype = options, config.compute_dtype
+    self.shape = options.n_latent, N, H
+    self.settings = triadic.Settings(
+        options.mod_fn, options.triadic_loops, softmax.softcap_of(options),
+        options.implementation)
+    self.latent = param(
+        D ** -0.5 * jax.random.normal(rngs.params(), self.shape),
+        None, 'heads', None)
+    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
+    self.key = Einsum('BTD,DNH->BTNH', (D, N, H),
+                      axes=('embed', 'heads', None), **dense)
+    self.value = Einsum('BTD,DNV->BTNV', (D, N, H),
+                        axes=('embed', 'heads', None), **dense)
+    self.log_sink = softmax.sink_param(config, options)
+    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
+    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
+                      axes=('heads', None, 'embed'), **dense)
+
+  def __call__(self, x, ctx, state=None):
+    stream, before, cache = state or (self._stream(len(x)), None, None)
+    ids = ctx.segment_ids
+    if ids is None and state is not None:
+      ids = jnp.zeros(x.shape[:2], jnp.int32)
+    inputs = (self.key(x), self.value(x), segment_starts(ids, before), *stream)
+    if self.options.co4_mode == 'exact':
+      qkv, stream = self._run(
+          triadic.exact, ctx, inputs, outputs=(triadic.QKV, triadic.MEANS))
+      y, cache = self._attend(*qkv, ctx, cache)
+    else:
+      y, stream = self._run(triadic.streaming, ctx, inputs,
+                            outputs=(triadic.TOKENS, triadic.STREAM))
+    state = None if state is None else (stream, ids[:, -1], cache)
+    return self.out(y.astype(x.dtype)), state
+
+  def _run(self, fn, ctx, inputs, *, outputs):
+    """A function of `triadic` on the mesh: batch by batch, head by head."""
+    softmax.head_shards(ctx, self.shape[1])
+    axes = (*triadic.INPUTS, *triadic.STREAM)[:2 + len(inputs)]
+    return ctx.sharded(
+        functools.partial(fn, self.settings), inputs=axes, outputs=outputs,
+    )(self.latent[...], self._sink(), *inputs)
+
+  def _attend(self, q, k, v, ctx, cache):
+    """The latent queries of a head attend as a group of query heads."""
+    (k, v), segment_ids, q_offset, cache = softmax.recall(
+        (k, v), ctx, cache, window=0)
+    B, T, N, L, H = q.shape
+    sink = self._sink()
+    if sink is not None:
+      sink = jnp.repeat(sink, L)
+    y = softmax.attend(
+        q.reshape(B, T, N * L, H), k, v, ctx, segment_ids=segment_ids,
+        q_offset=q_offset, sink=sink, scale=H ** -0.5,
+        softcap=self.settings.softcap,
+        implementation=self.settings.implementation)
+    return y.reshape(B, T, N, L, H).mean(3), cache
+
+  def _sink(self):
+    return softmax.sink_values(self.log_sink, self.options, self.shape[1])
+
+  def _stream(self, batch):
+    return triadic.empty_stream(
+        batch, self.shape, loops=self.options.triadic_loops,
+        pooled=self.options.co4_mode == 'streaming')
+
+  def init_state(self, batch, length):
+    cache, shape = None, self.shape[1:]
+    if self.options.co4_mode == 'exact':
+      cache = softmax.init_cache((shape, shape), batch=batch, length=length,
+                                 window=0, dtype=self.dtype)
+    # The segment -1 is that of no token.
+    return self._stream(batch), jnp.full(batch, -1, jnp.int32), cache
+
+  def flops(self, length):
+    """Forward, per token: projections, and every latent's score and value."""
+    scored = 1 if self.options.co4_mode != 'exact' else softmax.visible(
+        length, 0)
+    dense = self.key.flops + self.value.flops + self.out.flops
+    return dense + 4 * math.prod(self.shape) * scored
+
+
+class Encoder(Attention):
+  """The bidirectional form, in time O(n_latent T), for no language model."""
+
+  modes = ('bidirectional',)
+
+  def __call__(self, x, ctx, state=None):
+    if state is not None:
+      raise ValueError('co4_mode=bidirectional has no state: give all at once')
+    starts = segment_starts(ctx.segment_ids, None)
+    y = self._run(triadic.bidirectional, ctx,
+                  (self.key(x), self.value(x), starts), outputs=triadic.TOKENS)
+    return self.out(y.astype(x.dtype)), None

@@ -1,0 +1,92 @@
+"""Causal attention with heads of free width, summed instead of concatenated.
+
+  o_n = softmax(q_n k_n^T / sqrt(H)) v_n,  q_n, k_n [T,H],  v_n [T,V]
+  y = sum_g (sum_{n in g} o_n) W_g,  W_g [V,D],  n_cproj groups of N / n_cproj
+
+H, V and N are free of n_embd: there may be as many heads as wanted, at the
+cost of one projection. The heads are those of Vaswani et al. 2017
+(https://arxiv.org/abs/1706.03762); their concatenation is a group a head,
+n_cproj = n_head or use_concat_heads. Time O(T^2), or O(T W) with a window of
+W; the state is the keys and values, K (H + V) numbers a token.
+"""
+
+import dataclasses
+
+from flax import nnx
+
+from attention.common import options as flags
+from attention.common.options import option
+from attention.common.softmax import (
+    Softmax,
+    check_groups,
+    head_width,
+    kv_heads,
+)
+from model.layers import Einsum
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
+              flags.Window, flags.Lobo, flags.Flash):
+  n_qk_head_dim: int | None = option(
+      None, 'width of queries and keys; none: n_embd / n_head')
+  n_v_head_dim: int | None = option(
+      None, 'width of values; none: n_embd / n_head')
+  n_cproj: int | None = option(
+      None, 'groups of heads, each summed and then projected by its own '
+      'matrix, a divisor of n_head; none: 1')
+  use_concat_heads: bool = option(
+      False, 'concatenate the heads instead of summing them')
+
+
+class Attention(nnx.Module):
+
+  def __init__(self, config, options, *, rngs):
+    D, N, K = config.n_embd, config.n_head, kv_heads(config, options)
+    H, V = (_width(flag, width, config) for flag, width in (
+        ('n_qk_head_dim', options.n_qk_head_dim),
+        ('n_v_head_dim', options.n_v_head_dim)))
+    if options.use_concat_heads and options.n_cproj is not None:
+      raise ValueError(f'n_cproj ({options.n_cproj}) sums heads, '
+                       'use_concat_heads does not: drop one of them')
+    groups = 1 if options.n_cproj is None else options.n_cproj
+    check_groups('n_cproj', groups, N)
+    self.groups = N if options.use_concat_heads else groups
+    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
+    self.query = Einsum('BTD,DNH->BTNH', (D, N, H),
+                        axes=('embed', 'heads', None), **dense)
+    self.key = Einsum('BTD,DKH->BTKH', (D, K, H),
+                      axes=('embed', 'kv_heads', None), **dense)
+    self.value = Einsum('BTD,DKV->BTKV', (D, K, V),
+                        axes=('embed', 'kv_heads', None), **dense)
+    self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=V)
+    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
+    self.out = Einsum('BTNV,NVD->BTD', (self.groups, V, D),
+                      axes=('heads', None, 'embed'), **dense)
+
+  def __call__(self, x, ctx, state=None):
+    y, state = self.softmax(
+        self.query(x), self.key(x), self.value(x), ctx, state)
+    B, T, N, V = y.shape
+    if self.groups < N:
+      y = y.reshape(B, T, self.groups, -1, V).sum(3)
+    return self.out(y), state
+
+  def init_state(self, batch, length):
+    return self.softmax.init_state(batch, length)
+
+  def flops(self, length):
+    dense = (self.query, self.key, self.value, self.out)
+    return sum(e.flops for e in dense) + self.softmax.flops(length)
+
+
+def _width(flag, width, config):
+  """A head width, or by default what concatenated heads have."""
+  if width is None:
+    if config.n_embd % config.n_head:
+      raise ValueError(f'n_head ({config.n_head}) does not divide n_embd '
+                       f'({config.n_embd}): set {flag}')
+    return head_width(config)
+  if width < 1:
+    raise ValueError(f'{flag} ({width}) must be at least 1')
+  return width

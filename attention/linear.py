@@ -1,0 +1,122 @@
+"""Linear attention (Katharopoulos et al. 2020, arxiv.org/abs/2006.16236).
+
+  S_t = S_{t-1} + phi(g k_t) v_t^T      z_t = z_{t-1} + phi(g k_t)
+  y_t = phi(g q_t)^T S_t / (phi(g q_t)^T z_t + eps)      phi(x) = elu(x) + 1
+
+with one learned g per layer, 1 / sqrt(H) at first. These are attention
+weights phi(g q_t) . phi(g k_s) over their sum, positive and computed without
+any pair of tokens. Time O(T) in chunks; the state is S and z in float32,
+K H (V + 1) numbers however many tokens it has seen.
+
+Grouped queries share the S and z of a key/value head. use_qk_norm normalises
+before phi, so that g alone says how far from linear phi is. Rotary turns q
+and k before phi too: the weights stay positive and add up to one. After phi
+(Su et al. 2021, equation 19) they would depend on distances alone, but could
+have either sign and would not add up to one.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attention.common import options as flags
+from attention.common.softmax import head_shards, head_width, kv_heads
+from attention.kernels.chunked import chunked_linear_attention
+from model.layers import Einsum, param, rms_normalize, rotary
+
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(flags.GroupedQueries, flags.Rotary, flags.PlainQKNorm,
+              flags.Kernel):
+  pass
+
+
+def feature_map(x):
+  """elu(x) + 1, as positive as a float can be: elu alone rounds to -1."""
+  return jnp.exp(jnp.minimum(x, 0)) + jnp.maximum(x, 0)
+
+
+class Attention(nnx.Module):
+
+  def __init__(self, config, options, *, rngs):
+    D, N, H = config.n_embd, config.n_head, head_width(config)
+    K = kv_heads(config, options)
+    self.options = options
+    self.shape = (K, H, H)
+    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
+    self.query = Einsum('BTD,DNH->BTNH', (D, N, H),
+                        axes=('embed', 'heads', None), **dense)
+    self.key = Einsum('BTD,DKH->BTKH', (D, K, H),
+                      axes=('embed', 'kv_heads', None), **dense)
+    self.value = Einsum('BTD,DKV->BTKV', (D, K, H),
+                        axes=('embed', 'kv_heads', None), **dense)
+    self.g = param(H ** -0.5, decay=False)
+    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
+    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
+                      axes=('heads', None, 'embed'), **dense)
+
+  def __call__(self, x, ctx, state=None):
+    q, k = self._features(self.query(x), ctx), self._features(self.key(x), ctx)
+    ids = ctx.segment_ids
+    if state is not None and ids is None:
+      ids = jnp.zeros(x.shape[:2], jnp.int32)
+    y, S, z = self._attend(q, k, self.value(x), ctx, ids=ids, state=state)
+    if state is not None:
+      state = {'S': S, 'z': z, 'segment_id': ids[:, -1]}
+    return self.out(y), state
+
+  def _features(self, x, ctx):
+    """Queries or keys [B,T,N,H] as phi maps them, in their dtype."""
+    options = self.options
+    if options.use_rotary_embeddings:
+      x = rotary(x, ctx.positions, base=options.rope_base)
+    if options.use_qk_norm:
+      x = rms_normalize(x)
+    return feature_map(self.g[...] * x.astype(jnp.float32)).astype(x.dtype)
+
+  def _attend(self, q, k, v, ctx, *, ids, state):
+    """The op on the mesh, batch over data and fsdp, heads over tensor.
+
+    Where the shards do not divide the K heads, heads are repeated until they
+    do: every shard then holds those that its queries need.
+    """
+    K, shards = k.shape[2], head_shards(ctx, q.shape[2])
+    S, z, last = (None,) * 3 if state is None else (
+        state['S'], state['z'], state['segment_id'])
+    copies = math.lcm(K, shards) // K
+    if copies > 1:
+      repeat = lambda x, axis: x if x is None else jnp.repeat(x, copies, axis)
+      k, v, S, z = repeat(k, 2), repeat(v, 2), repeat(S, 1), repeat(z, 1)
+
+    def local(q, k, v, S, z, ids, last):
+      y, (S, z) = chunked_linear_attention(
+          q, k, v, s0=None if S is None else (S, z), segment_ids=ids,
+          segment_id0=last, normalize=EPS,
+          implementation=self.options.attention_kernel)
+      return y, S, z
+
+    series = ('batch', None, 'heads', None)
+    sums = (('batch', 'heads', None, None), ('batch', 'heads', None))
+    y, S, z = ctx.sharded(
+        local, inputs=(series,) * 3 + sums + (('batch', None), ('batch',)),
+        outputs=(series, *sums))(q, k, v, S, z, ids, last)
+    return y, S[:, ::copies], z[:, ::copies]
+
+  def init_state(self, batch, length):
+    del length  # Any number of tokens fits.
+    return {
+        'S': jnp.zeros((batch, *self.shape)),
+        'z': jnp.zeros((batch, *self.shape[:-1])),
+        'segment_id': jnp.full((batch,), -1, jnp.int32),  # Of no token.
+    }
+
+  def flops(self, length):
+    del length  # Every token costs the same.
+    dense = (self.query, self.key, self.value, self.out)
+    N, (K, H, V) = self.query.out_shape[0], self.shape
+    # As the recurrence has it: K heads are updated, N queries read them.
+    return sum(e.flops for e in dense) + 2 * (N + K) * H * (V + 1)

@@ -1,0 +1,150 @@
+"""Mamba's selective state space (Gu & Dao 2023, arxiv.org/abs/2312.00752).
+
+  x, z = u W_x, u W_z                 x <- silu(conv(x)), causal, depthwise
+  dt, B, C = split(x W_s)             each RMS-normalised
+  d_t = softplus(dt W_dt + b)         A = -exp(A_log)
+  h_t = exp(d_t A) h_{t-1} + d_t x_t B_t
+  y_t = h_t C_t + D x_t               out = (norm(y) * silu(z)) W_out
+
+The norms of dt, B and C, which keep large models from diverging, are Jamba's
+(Lieber et al. 2024, arxiv.org/abs/2403.19887), that of y is Hymba's (Dong et
+al. 2024, arxiv.org/abs/2411.13676); ssm_inner_norm=False is Mamba as published.
+Time O(T E M); the state is the last W - 1 inputs of the convolution and h in
+float32, E (W - 1 + M) numbers however many tokens it has seen.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention.common import options as flags
+from attention.common.options import option
+from attention.kernels.conv import causal_conv1d
+from attention.kernels.scan import selective_scan
+from model.layers import Einsum, RMSNorm, mesh_size, param
+
+DT_RANGE = (1e-3, 1e-1)  # Of the initial step sizes; Mamba's section 3.6.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(flags.Kernel):
+  ssm_mamba_expand: int = option(2, 'inner width, in units of n_embd')
+  ssm_conv_kernel_size: int = option(
+      3, 'tokens that the convolution sees, itself included')
+  ssm_dt_rank: int = option(8, 'rank of the projection to step sizes')
+  ssm_d_state: int = option(16, 'state of every inner channel')
+  ssm_io_bias: bool = option(
+      False, 'biases in the projections into and out of the layer')
+  ssm_inner_norm: bool = option(
+      True, 'RMSNorm on dt, B, C and, before the gate, on y; off: plain Mamba')
+
+  def __post_init__(self):
+    for flag in ('ssm_mamba_expand', 'ssm_conv_kernel_size', 'ssm_dt_rank',
+                 'ssm_d_state'):
+      if getattr(self, flag) < 1:
+        raise ValueError(f'{flag} ({getattr(self, flag)}) must be at least 1')
+
+
+class Attention(nnx.Module):
+
+  def __init__(self, config, options, *, rngs):
+    D, E = config.n_embd, options.ssm_mamba_expand * config.n_embd
+    R, M, W = (options.ssm_dt_rank, options.ssm_d_state,
+               options.ssm_conv_kernel_size)
+    self.options, self.dtype = options, config.compute_dtype
+    self.shape = (W, E, M)  # Parameters have one axis more in stacked layers.
+    uniform = lambda shape, bound: jax.random.uniform(
+        rngs.params(), shape, minval=-bound, maxval=bound)
+    dense = dict(std=config.init_std, rngs=rngs)
+    into = dict(axes=('embed', 'inner'), bias=options.ssm_io_bias, **dense)
+    self.input = Einsum('BTD,DE->BTE', (D, E), **into)
+    self.gate = Einsum('BTD,DE->BTE', (D, E), **into)
+    self.conv = param(uniform((W, E), W ** -0.5), None, 'inner')
+    self.conv_bias = param(uniform((E,), W ** -0.5), 'inner')
+    # dt, B and C are one product: P = R + 2 M.
+    self.select = Einsum('BTE,EP->BTP', (E, R + 2 * M),
+                         axes=('inner', None), **dense)
+    self.step = Einsum('BTR,RE->BTE', (R, E), axes=(None, 'inner'), **dense)
+    self.step.weight[...] = uniform((R, E), R ** -0.5)
+    self.dt_bias = param(_dt_bias(rngs.params(), E), 'inner', decay=False)
+    self.A_log = param(jnp.tile(jnp.log(jnp.arange(1, M + 1)), (E, 1)),
+                       'inner', None, decay=False)
+    self.D = param(jnp.ones(E), 'inner', decay=False)
+    self.dt_norm, self.B_norm, self.C_norm, self.y_norm = (
+        RMSNorm(n) if options.ssm_inner_norm else None for n in (R, M, M, E))
+    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
+    self.out = Einsum('BTE,ED->BTD', (E, D), axes=('inner', 'embed'),
+                      bias=options.ssm_io_bias, **dense)
+
+  def __call__(self, x, ctx, state=None):
+    ids, taps, h, last = ctx.segment_ids, None, None, None
+    if state is not None:
+      taps, h, last = state['taps'], state['h'], state['segment_id']
+      if ids is None:
+        ids = jnp.zeros(x.shape[:2], jnp.int32)
+    z = self.gate(x)
+    x, taps = causal_conv1d(
+        self.input(x), self.conv[...], self.conv_bias[...], state=taps,
+        segment_ids=ids, segment_id0=last)
+    x = jax.nn.silu(x)
+    R, M = self.options.ssm_dt_rank, self.options.ssm_d_state
+    dt, B, C = jnp.split(self.select(x), (R, R + M), axis=-1)
+    normed = self.options.ssm_inner_norm
+    if normed:
+      dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+    y, h = self._scan(x, self.step(dt), B, C, ctx,
+                      z=None if normed else z, h=h, ids=ids, last=last)
+    if normed:
+      y = self.y_norm(y) * jax.nn.silu(z)
+    if state is not None:
+      state = {'taps': taps, 'h': h, 'segment_id': ids[:, -1]}
+    return self.out(y), state
+
+  def _scan(self, x, dt, B, C, ctx, *, z, h, ids, last):
+    """The op on the mesh: batch over data and fsdp, channels over tensor."""
+    E, shards = x.shape[-1], mesh_size(ctx.mesh, 'inner')
+    if E % shards:
+      raise ValueError(f'mesh_tensor ({shards}) must divide the inner width, '
+                       f'ssm_mamba_expand x n_embd ({E})')
+
+    def local(x, dt, B, C, z, h, ids, last, A_log, D, dt_bias):
+      return selective_scan(
+          x, dt, -jnp.exp(A_log), B, C, D, z=z, dt_bias=dt_bias, h0=h,
+          segment_ids=ids, segment_id0=last,
+          implementation=self.options.attention_kernel)
+
+    series, shared = ('batch', None, 'inner'), ('batch', None, None)
+    states, channels = ('batch', 'inner', None), ('inner',)
+    run = ctx.sharded(
+        local, outputs=(series, states),
+        inputs=(series, series, shared, shared, series, states,
+                ('batch', None), ('batch',), ('inner', None), channels,
+                channels))
+    return run(x, dt, B, C, z, h, ids, last, self.A_log[...], self.D[...],
+               self.dt_bias[...])
+
+  def init_state(self, batch, length):
+    del length  # Any number of tokens fits.
+    W, E, M = self.shape
+    return {
+        'taps': jnp.zeros((batch, W - 1, E), self.dtype),
+        'h': jnp.zeros((batch, E, M)),
+        'segment_id': jnp.full((batch,), -1, jnp.int32),  # Of no token.
+    }
+
+  def flops(self, length):
+    del length  # Every token costs the same.
+    dense = (self.input, self.gate, self.select, self.step, self.out)
+    W, E, M = self.shape
+    # Of the scan: d A, its product with h, d x B added, and h C.
+    return sum(e.flops for e in dense) + 2 * W * E + 6 * E * M
+
+
+def _dt_bias(key, width):
+  """Biases whose softplus is log-uniform in DT_RANGE."""
+  low, high = (math.log(dt) for dt in DT_RANGE)
+  dt = jnp.exp(jax.random.uniform(key, (width,), minval=low, maxval=high))
+  return dt + jnp.log(-jnp.expm1(-dt))
