@@ -2,9 +2,8 @@
 
 import sys
 
-from absl import app
+from absl import app, logging
 from absl import flags as absl_flags
-from absl import logging
 
 from configs import flags
 

@@ -27,6 +27,7 @@ Adding a variant is adding a file: its name is its flag value, and its
 Options become command-line flags.
 """
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -77,12 +78,20 @@ def build(name, config, *, rngs):
 def check(config):
   """Raises if a flag was set that no layer of the model honours."""
   used = sorted(set(layer_kinds(config)))
-  honoured = {flag for name in used for flag in flags(name)}
-  for name in names():
+  users = collections.defaultdict(list)  # {flag: its fields in use}
+  for name in used:
     for flag, field in flags(name).items():
-      if flag not in honoured and config[flag] != field.default:
-        able = [n for n in names() if flag in flags(n)]
-        raise ValueError(
-            f'{flag}={config[flag]} has no effect: no layer honours it '
-            f'(variants in use: {", ".join(used)}); drop the flag or use '
-            f'one of {", ".join(able)}')
+      users[flag].append(field)
+  for flag in {flag: None for name in names() for flag in flags(name)}:
+    able = [name for name in names() if flag in flags(name)]
+    if config[flag] == flags(able[0])[flag].default:
+      continue
+    if not users[flag]:
+      raise ValueError(
+          f'{flag}={config[flag]} has no effect: no layer honours it '
+          f'(variants in use: {", ".join(used)}); drop the flag or use '
+          f'one of {", ".join(able)}')
+    needs = [field.metadata['needs'] for field in users[flag]]
+    if all(needs) and not any(config[other] for other in needs):
+      raise ValueError(f'{flag}={config[flag]} has no effect without '
+                       f'{needs[0]}: set both or neither')

@@ -50,7 +50,7 @@ class Options(flags.Softcap, flags.Lobo, flags.Flash):
 class Attention(nnx.Module):
   """The causal modes."""
 
-  modes = ('streaming', 'exact')
+  modes: tuple = ('streaming', 'exact')
 
   def __init__(self, config, options, *, rngs):
     triadic.check(options, self.modes)

@@ -170,7 +170,7 @@ def parse(argv, *, others=(), config=None):
 
 def describe():
   """The text of --help: every flag in its group, with its default."""
-  lines = ['python main.py [--config=FILE.py or RUN/config.json] [--flag=value]']
+  lines = ['python main.py [--config=FILE.py or RUN/config.json] [--flag=...]']
   for title, table in default.groups().items():
     lines += ['', title]
     for name, field in table.items():

@@ -71,8 +71,9 @@ def finish(run, state, log):
                  f'token, over all {final["val_tokens"]:,} tokens'))
     if 'bits_per_byte' in final:
       rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte'))
-  rows.append(('bigram entropy', f'{data.bigram_entropy(run.dataset.train):.4f} nats a '
-               'token: what counting pairs of tokens could reach'))
+  bigram = data.bigram_entropy(run.dataset.train)
+  rows.append(('bigram entropy', f'{bigram:.4f} nats a token: what counting '
+               'pairs of tokens could reach'))
   losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
   if losses:
     rows.append(('best evaluation', f'{min(losses):.4f}'))

@@ -9,7 +9,14 @@ import optax
 
 from model.layers import mesh_size
 from train_lib import (
-    checkpoints, evaluate, loss, metrics, optim, report, session)
+    checkpoints,
+    evaluate,
+    loss,
+    metrics,
+    optim,
+    report,
+    session,
+)
 from train_lib.interrupt import Interrupt
 from train_lib.state import TrainState
 

@@ -6,9 +6,10 @@ live in its field and nowhere else.
 """
 
 import dataclasses
+import functools
 
 
-def option(default, help, *, bare=None, runtime=False):
+def option(default, help, *, bare=None, runtime=False, needs=None):
   """A flag: a dataclass field whose default and help text are the flag's.
 
   Args:
@@ -17,10 +18,10 @@ def option(default, help, *, bare=None, runtime=False):
     bare: what the flag means without a value, or as `true`.
     runtime: of a model's flag, that it changes how the model is computed or
       trained, but not which model it is: a run may be resumed with another.
+    needs: the name of a flag without which this one has no effect.
   """
-  return dataclasses.field(
-      default=default,
-      metadata={'help': help, 'bare': bare, 'runtime': runtime})
+  return dataclasses.field(default=default, metadata={
+      'help': help, 'bare': bare, 'runtime': runtime, 'needs': needs})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +49,22 @@ class Flash(Kernel):
     return 'plain'
 
 
+_rope_base = functools.partial(
+    option, 10000.0, 'longest wavelength of the rotary embeddings / 2 pi')
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeBase:
-  rope_base: float = option(
-      10000.0, 'longest wavelength of the rotary embeddings / 2 pi')
+  """Of variants that always rotate."""
+  rope_base: float = _rope_base()
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotary(RopeBase):
+class Rotary:
+  """Of variants that rotate when told to."""
   use_rotary_embeddings: bool = option(
       False, 'rotate queries and keys by their positions')
+  rope_base: float = _rope_base(needs='use_rotary_embeddings')
 
 
 @dataclasses.dataclass(frozen=True)

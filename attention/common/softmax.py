@@ -124,7 +124,7 @@ def append(cache, values, segment_ids, *, window):
             for o, n in zip(old, new)]
     kept, offset = [x[:, T:] for x in seen], slots
   else:
-    if T > slots:
+    if slots < T:
       raise ValueError(f'{T} tokens do not fit a state of length {slots}')
     offset = cache['index']
     seen = kept = [

@@ -50,7 +50,7 @@ def causal_conv1d(
     # Counted from the state's document, so that an id may come back.
     document = jnp.pad(jnp.cumsum(starts, axis=1), ((0, 0), (past, 0)))
 
-  y = 0.0 if bias is None else bias.astype(jnp.float32)
+  y = jnp.zeros(channels) if bias is None else bias.astype(jnp.float32)
   for i in range(past + 1):
     tap = padded[:, i:i + time].astype(jnp.float32)
     if document is not None and i < past:

@@ -17,7 +17,7 @@ PREFERENCE = {'tpu': ('tpu', 'xla'), 'gpu': ('gpu', 'cudnn', 'xla')}
 
 # {op: {implementation: reason it was not the first choice, or ''}}, of every
 # call traced so far: the record of what really runs.
-CHOICES = collections.defaultdict(dict)
+CHOICES: dict[str, dict[str, str]] = collections.defaultdict(dict)
 
 
 def select(op, implementation, known, *args, **kwargs):

@@ -75,7 +75,7 @@ def chunked_linear_attention(
       first step, so that s0 always counts.
     normalize: eps > 0, added to the denominator q_t^T z_t. None: no
       denominator.
-    implementation: 'auto', 'xla', 'tpu' or 'gpu'.
+    implementation: 'auto' or 'xla'.
 
   Returns:
     y in v's dtype and the state after the last step in float32, in which the
@@ -98,7 +98,7 @@ def chunked_linear_attention(
   starts = arguments.segment_starts(segment_ids, segment_id0)
   operands = Operands(q, k, v, decay, s0, z0)
   module = dispatch.select(
-      __name__, implementation, ('xla', 'tpu', 'gpu'),
+      __name__, implementation, ('xla',),
       operands, starts, normalize=normalize)
   y, sT, zT = _attend(module, normalize, operands, starts)
   return y, (sT if normalize is None else (sT, zT))

@@ -93,12 +93,12 @@ def flash_attention(
   module = dispatch.select(
       __name__, implementation, IMPLEMENTATIONS, q, k, v, **options,
       segment_ids=segment_ids, sink=sink, q_offset=q_offset)
-  static = isinstance(q_offset, int)
-  call = _Call(module, tuple(options.items()), q_offset if static else None)
+  static = q_offset if isinstance(q_offset, int) else None
+  call = _Call(module, tuple(options.items()), static)
   q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
   q, k, v, sink = _varying_alike(q, k, v, sink)
   return _attend(call, q, k, v, q_ids, kv_ids, sink,
-                 None if static else q_offset)
+                 q_offset if static is None else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

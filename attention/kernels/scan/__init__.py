@@ -72,7 +72,7 @@ def selective_scan(
       changes. None: one document.
     segment_id0: id of the document that h0 belongs to. None: that of the
       first step, so that h0 always counts.
-    implementation: 'auto', 'xla', 'tpu' or 'gpu'.
+    implementation: 'auto' or 'xla'.
 
   Returns:
     y in x's dtype and the state after the last step in float32, in which the
@@ -102,7 +102,7 @@ def selective_scan(
   starts = arguments.segment_starts(segment_ids, segment_id0)
   operands = Operands(x, dt, A, B, C, D, z, dt_bias, h0)
   module = dispatch.select(
-      __name__, implementation, ('xla', 'tpu', 'gpu'),
+      __name__, implementation, ('xla',),
       operands, starts, dt_softplus=dt_softplus)
   return _scan(module, dt_softplus, operands, starts)
 
