@@ -129,6 +129,16 @@ class Transformer(nnx.Module):
     head = 2 * self.vocab_size * self.width
     return self.repeats * of(self.periods) + of(self.tail) + head
 
+  def state_bytes(self):
+    """(bytes, bytes a token) of the state of one sequence."""
+    size = lambda length: sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(
+            lambda model: model.init_state(1, length), self)))
+    # Beyond any window, so that only what grows for ever counts.
+    length = 1 << 20
+    per_token = (size(2 * length) - size(length)) // length
+    return size(length) - length * per_token, per_token
+
 
 def _run(x, blocks, states, ctx, *, first):
   """Runs blocks in order; `first` is the number of the first of them."""

@@ -23,6 +23,8 @@ def header(run, first):
       ('layers', f'{config.n_layer}: {", ".join(kinds)}'
        + (' repeated' if len(kinds) > 1 else '')),
       ('parameters', f'{run.skeleton.n_params():,}'),
+      ('state', '{:,} bytes + {:,} a token, to decode a sequence'.format(
+          *run.skeleton.model.state_bytes())),
       ('kernels', kernels()),
       ('data', f'{dataset.name}: {len(dataset.train):,} + '
        f'{len(dataset.val):,} {config.tokenizer} tokens, '
