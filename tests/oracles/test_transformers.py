@@ -1,0 +1,325 @@
+"""Our layers against other people's: those of Hugging Face's transformers.
+
+Random weights, tiny sizes, float32 on CPU, nothing is downloaded. What a model
+is called here, which flags make our layer the same mechanism, and where each
+of our parameters comes from is the table MODELS.
+"""
+
+import dataclasses
+import functools
+import importlib
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attention
+from model.layers import Context, segment_positions
+from tests.attention import cases
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('transformers')
+
+pytestmark = pytest.mark.oracles
+
+# Letters of the attention package. R: mla's latent; r: its rotary part.
+D, N, K, H = 32, 4, 2, 8
+R, r = 12, 6
+E, M, W, DT_RANK = 64, 5, 4, 3  # ssm: inner width, state, taps, rank of dt.
+BASE, WINDOW, CAP = 100.0, 5, 0.5
+T = 17
+
+ATTENTION = dict(
+    hidden_size=D, num_attention_heads=N, num_hidden_layers=1, vocab_size=32,
+    attn_implementation='eager',
+    rope_parameters=dict(rope_type='default', rope_theta=BASE))
+GROUPED = dict(num_key_value_heads=K, head_dim=H, **ATTENTION)
+ROTARY = dict(use_rotary_embeddings=True, rope_base=BASE, n_kv_group=K)
+
+# Gemma 2 divides scores by the root of a number that need not be the head
+# width; ours always by that of the head width.
+GEMMA_SCALAR = 12
+# With constant weights g of its two norms, Qwen3's scores are ours with a
+# learned scale; q . k = g_q g_k H cos(q, k).
+QWEN_NORMS = {'q_norm.weight': 1.5, 'k_norm.weight': 1.25}
+
+
+def rows(weight, per_head, chosen):
+  """Some of every head's outputs, of a Linear's [N x per_head, inputs]."""
+  weight = weight.reshape(N, per_head, -1)[:, chosen]
+  return weight.reshape(-1, weight.shape[-1])
+
+
+# DeepSeek rotates neighbours (2h, 2h + 1), ours (h, h + r / 2): the numbers of
+# a rotary part, in our order.
+UNPAIRED = np.r_[0:r:2, 1:r:2]
+LATENT_THEN_ROTARY = np.r_[0:R, R + UNPAIRED]
+
+# {ours: theirs}, a name or a function of all of theirs. Their Linear is
+# [outputs, inputs]: everything is transposed, then takes our shape.
+PROJECTIONS = {
+    'query.weight': 'q_proj.weight',
+    'key.weight': 'k_proj.weight',
+    'value.weight': 'v_proj.weight',
+    'out.weight': 'o_proj.weight',
+}
+QWEN3_SCALED = PROJECTIONS | {
+    'softmax.g': lambda w: (
+        w['q_norm.weight'][0] * w['k_norm.weight'][0] * H ** 0.5),
+}
+GEMMA2 = PROJECTIONS | {
+    'query.weight': lambda w: w['q_proj.weight'] * (H / GEMMA_SCALAR) ** 0.5,
+}
+GPT_OSS = PROJECTIONS | {
+    'query.bias': 'q_proj.bias',
+    'key.bias': 'k_proj.bias',
+    'value.bias': 'v_proj.bias',
+    'out.bias': 'o_proj.bias',
+    'softmax.log_sink': 'sinks',
+}
+DEEPSEEK_V2 = {
+    'query.weight': lambda w: rows(
+        w['q_proj.weight'], H + r, np.r_[0:H, H + UNPAIRED]),
+    'query.bias': lambda w: np.zeros(N * (H + r)),  # They have none here.
+    'down.weight': lambda w: (
+        w['kv_a_proj_with_mqa.weight'][LATENT_THEN_ROTARY]),
+    'down.bias': lambda w: w['kv_a_proj_with_mqa.bias'][LATENT_THEN_ROTARY],
+    'norm.weight': 'kv_a_layernorm.weight',
+    'key.weight': lambda w: rows(w['kv_b_proj.weight'], 2 * H, np.r_[:H]),
+    'value.weight': lambda w: rows(
+        w['kv_b_proj.weight'], 2 * H, np.r_[H:2 * H]),
+    'out.weight': 'o_proj.weight',
+    'out.bias': 'o_proj.bias',
+}
+MAMBA = {
+    'input.weight': lambda w: w['in_proj.weight'][:E],
+    'input.bias': lambda w: w['in_proj.bias'][:E],
+    'gate.weight': lambda w: w['in_proj.weight'][E:],
+    'gate.bias': lambda w: w['in_proj.bias'][E:],
+    'conv': 'conv1d.weight',  # [E,1,W]
+    'conv_bias': 'conv1d.bias',
+    'select.weight': 'x_proj.weight',
+    'step.weight': 'dt_proj.weight',
+    'dt_bias': 'dt_proj.bias',
+    'A_log': lambda w: w['A_log'].T,  # Not a map: [E,M] in both.
+    'D': 'D',
+    'out.weight': 'out_proj.weight',
+    'out.bias': 'out_proj.bias',
+}
+JAMBA = MAMBA | {
+    'dt_norm.weight': 'dt_layernorm.weight',
+    'B_norm.weight': 'b_layernorm.weight',
+    'C_norm.weight': 'c_layernorm.weight',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Their layer, and what ours has to be told to be the same.
+
+  Attributes:
+    library: transformers.models.<library>.
+    prefix: of the names of its classes.
+    layer: the rest of the layer's name.
+    settings: of its config.
+    variant, flags: of ours.
+    weights: {our parameter: theirs}.
+    constants: {their parameter: value}; the others are random.
+    without: our submodules that the model lacks, taken out.
+  """
+  library: str
+  prefix: str
+  layer: str
+  settings: dict
+  variant: str
+  flags: dict
+  weights: dict[str, str | Callable]
+  constants: dict = dataclasses.field(default_factory=dict)
+  without: tuple = ()
+
+
+QWEN3 = functools.partial(
+    Model, 'qwen3', 'Qwen3', 'Attention', GROUPED, 'causal')
+
+MODELS = {
+    'llama': Model(
+        'llama', 'Llama', 'Attention', GROUPED,
+        'causal', ROTARY, PROJECTIONS),
+    # Their norm comes before the rotation and ours after it: a rotation keeps
+    # lengths, and their weights are constant.
+    'qwen3': QWEN3(
+        ROTARY | dict(use_qk_norm=True), PROJECTIONS,
+        constants=dict.fromkeys(QWEN_NORMS, 1.0)),
+    'qwen3-scaled': QWEN3(
+        ROTARY | dict(use_qk_norm=True, use_qk_norm_scale=True), QWEN3_SCALED,
+        constants=QWEN_NORMS),
+    'gemma2': Model(
+        'gemma2', 'Gemma2', 'Attention',
+        GROUPED | dict(attn_logit_softcapping=CAP, sliding_window=WINDOW,
+                       query_pre_attn_scalar=GEMMA_SCALAR),
+        'causal', ROTARY | dict(attn_logit_softcapping=CAP, window_size=WINDOW),
+        GEMMA2),
+    'gpt_oss': Model(
+        'gpt_oss', 'GptOss', 'Attention',
+        GROUPED | dict(attention_bias=True, sliding_window=WINDOW),
+        'causal', ROTARY | dict(
+            bias=True, window_size=WINDOW, use_flash_lobo=True,
+            use_flash_lobo_per_head=True),
+        GPT_OSS),
+    'deepseek_v2': Model(
+        'deepseek_v2', 'DeepseekV2', 'Attention',
+        ATTENTION | dict(
+            attention_bias=True, q_lora_rank=None, kv_lora_rank=R,
+            qk_nope_head_dim=H, qk_rope_head_dim=r, v_head_dim=H),
+        'mla', dict(bias=True, rope_base=BASE, mla_latent_dim=R,
+                    mla_rotary_dim=r),
+        DEEPSEEK_V2),
+    'mamba': Model(
+        'mamba', 'Mamba', 'Mixer',
+        dict(hidden_size=D, state_size=M, expand=E // D, conv_kernel=W,
+             time_step_rank=DT_RANK, use_bias=True, num_hidden_layers=1,
+             use_associative_scan=False),
+        'ssm', dict(ssm_inner_norm=False, ssm_io_bias=True,
+                    ssm_mamba_expand=E // D, ssm_conv_kernel_size=W,
+                    ssm_dt_rank=DT_RANK, ssm_d_state=M),
+        MAMBA),
+    'jamba': Model(
+        'jamba', 'Jamba', 'MambaMixer',
+        dict(hidden_size=D, mamba_d_state=M, mamba_expand=E // D,
+             mamba_d_conv=W, mamba_dt_rank=DT_RANK, mamba_proj_bias=True,
+             num_hidden_layers=1, use_associative_scan=False),
+        'ssm', dict(ssm_io_bias=True, ssm_mamba_expand=E // D,
+                    ssm_conv_kernel_size=W, ssm_dt_rank=DT_RANK,
+                    ssm_d_state=M),
+        JAMBA, without=('y_norm',)),  # Hymba's.
+}
+
+
+class Through(nnx.Module):
+
+  def __call__(self, x):
+    return x
+
+
+@functools.cache
+def pair(name):
+  """(our Attention, their layer as a function of float32 [B,T,D])."""
+  model = MODELS[name]
+  library = importlib.import_module(
+      f'transformers.models.{model.library}.modeling_{model.library}')
+  find = lambda kind: getattr(library, model.prefix + kind)
+  config = find('Config')(**model.settings)
+  layer = randomised(find(model.layer)(config, layer_idx=0), model.constants)
+  mixer = attention.build(
+      model.variant, cases.config(n_embd=D, n_head=N, **model.flags),
+      rngs=nnx.Rngs(0))
+  for part in model.without:
+    setattr(mixer, part, Through())
+  copy(layer, mixer, model.weights)
+  if model.variant == 'ssm':
+    return mixer, lambda x: numpy(layer(torch.tensor(x)))
+  rotary = find('RotaryEmbedding')(config)
+  return mixer, lambda x: numpy(attended(layer, rotary, torch.tensor(x)))
+
+
+def randomised(layer, constants):
+  """The layer with random parameters, for inference."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, p in layer.named_parameters():
+      # Mamba multiplies so many of them that its outputs reach 25 with 1 in
+      # place of 0.8.
+      p.normal_(0, 0.8 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.5,
+                generator=generator)
+      if name in constants:
+        p.fill_(constants[name])
+  return layer.eval().requires_grad_(False)
+
+
+def copy(layer, mixer, table):
+  """Sets every parameter of ours to theirs."""
+  ours = {name.removesuffix('/value').replace('/', '.')
+          for name in cases.parameters(mixer)}
+  assert ours == set(table)
+  theirs = {name: numpy(p) for name, p in layer.named_parameters()}
+  for name, source in table.items():
+    value = theirs[source] if isinstance(source, str) else source(theirs)
+    parameter = operator.attrgetter(name)(mixer)
+    parameter[...] = jnp.asarray(
+        np.transpose(value).reshape(parameter.shape), jnp.float32)
+
+
+def attended(layer, rotary, x):
+  """Their attention, with the mask that their model would give it."""
+  masks = importlib.import_module('transformers.masking_utils')
+  windowed = getattr(layer, 'sliding_window', None)  # Not all have it.
+  mask = (masks.create_sliding_window_causal_mask if windowed
+          else masks.create_causal_mask)
+  positions = torch.arange(x.shape[1])[None]
+  return layer(
+      x, position_embeddings=rotary(x, positions),
+      attention_mask=mask(layer.config, x, None, None, positions))[0]
+
+
+def numpy(x):
+  return x.detach().numpy()
+
+
+@jax.jit
+def run(mixer, x, ctx, state=None):
+  return mixer(x, ctx, state)
+
+
+def inputs():
+  return np.array(cases.inputs(T))
+
+
+def agree(got, want):
+  """Asserts a small absolute error, for outputs of order 1.
+
+  It tells an eps of 1e-6 in a norm from one of 1e-5; rounding is below 1e-6.
+  """
+  assert got.shape == want.shape
+  assert 0.5 < np.abs(want).max() < 10
+  worst = np.abs(np.asarray(got) - want).max()
+  assert worst <= 5e-6, f'error {worst:.2g}'
+
+
+each = pytest.mark.parametrize('name', MODELS)
+
+
+@each
+def test_same_outputs(name):
+  mixer, theirs = pair(name)
+  x = inputs()
+  got, _ = run(mixer, x, Context(cases.counted(x)))
+  agree(got, theirs(x))
+
+
+@each
+def test_packed_documents_are_separate_calls(name):
+  mixer, theirs = pair(name)
+  x, lengths = inputs(), (7, 10)
+  ids = jnp.tile(jnp.repeat(jnp.arange(2), jnp.array(lengths)), (2, 1))
+  got, _ = run(mixer, x, Context(segment_positions(ids), ids))
+  documents = np.split(x, [lengths[0]], axis=1)
+  agree(got, np.concatenate([theirs(part) for part in documents], 1))
+
+
+@each
+def test_decoding_is_one_call(name):
+  """With the state: mla in its absorbed form, windows in a ring."""
+  mixer, theirs = pair(name)
+  x = inputs()
+  positions, got = cases.counted(x), []
+  state, start = mixer.init_state(*x.shape[:2]), 0
+  for end in range(9, T + 1):  # Nine tokens, then one by one.
+    y, state = run(mixer, x[:, start:end],
+                   Context(positions[:, start:end]), state)
+    got.append(y)
+    start = end
+  agree(np.concatenate(got, 1), theirs(x))
