@@ -26,16 +26,17 @@ def convert(name, text, field):
   if kind is str:
     return None if optional and text.lower() == 'none' else text
   low = text.strip().lower()
-  if optional and (low in ('none', '') or bare is not None and low in FALSE):
+  if optional and low in ('none', ''):
     return None
-  if bare is not None and low in TRUE[:1]:
-    return bare
+  if bare is not None and low in ('true', 'false'):
+    return bare if low == 'true' else None
   try:
     if kind is bool:
       return {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[low]
     if kind is tuple:
       return tuple(filter(None, text.replace(',', ' ').split()))
-    return kind(text)
+    value = kind(text)
+    return None if bare is not None and value == 0 else value
   except (KeyError, ValueError):
     raise FlagError(
         f'--{name}={text} is not {_takes(kind)}'
@@ -45,7 +46,7 @@ def convert(name, text, field):
 
 def _takes(kind):
   return {bool: 'true or false', int: 'an integer', float: 'a number',
-          tuple: 'a list'}[kind]
+          tuple: 'a list', str: 'a text'}[kind]
 
 
 def split(argv, fields):
@@ -89,7 +90,9 @@ def split(argv, fields):
 
 
 def _is_bool(fields, name):
-  return name in fields and default.types(fields[name])[0] is bool
+  """Whether a flag may stand alone, and hence be switched off by `no`."""
+  return name in fields and (default.types(fields[name])[0] is bool
+                             or fields[name].metadata['bare'] is not None)
 
 
 def _following(tokens, kind, field):
@@ -111,13 +114,18 @@ def load(path):
   if not path.is_file():
     raise FlagError(f'--config={path}: no such file')
   if path.suffix == '.json':
-    config = default.get_config()
-    return update(config, json.loads(path.read_text()), source=str(path))
+    try:
+      values = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+      raise FlagError(f'--config={path} is not the JSON of a config') from None
+    return update(default.get_config(), values, source=str(path))
   spec = importlib.util.spec_from_file_location(path.stem, path)
   if spec is None or spec.loader is None:
     raise FlagError(f'--config={path} is neither a .py nor a .json file')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise FlagError(f'--config={path} has no function get_config')
   return module.get_config()
 
 
@@ -126,7 +134,12 @@ def update(config, values, *, source):
   for name, value in values.items():
     if name not in config:
       raise FlagError(f'{source}: unknown flag {name}' + _near(name, config))
-    config[name] = tuple(value) if isinstance(value, list) else value
+    try:
+      config[name] = tuple(value) if isinstance(value, list) else value
+    except TypeError:
+      kind, _ = default.types(default.fields()[name])
+      raise FlagError(
+          f'{source}: {name}={value!r} is not {_takes(kind)}') from None
   return config
 
 

@@ -1,4 +1,10 @@
-"""GPT-2 (124M parameters) as nanoGPT trains it, on a nanoGPT folder."""
+"""GPT-2 (124M parameters) as nanoGPT trains it, on a nanoGPT folder.
+
+  python main.py --config=configs/gpt2_124m.py --mesh_fsdp=8
+
+Hardware: eight GPUs with 40 GB or a TPU slice; nanoGPT reports a validation
+loss of about 2.85 after four days on 8 A100s. Not run to its end here.
+"""
 
 from configs import default
 

@@ -1,4 +1,10 @@
-"""nanoGPT's character model for one GPU: 10.7M parameters, 5,000 steps."""
+"""nanoGPT's character model for one GPU: 10.7M parameters, 5,000 steps.
+
+  python main.py --config=configs/shakespeare_char.py
+
+Hardware: one GPU; nanoGPT reports a best validation loss of 1.4697, three
+minutes on an A100. Not run to its end here: no GPU was at hand.
+"""
 
 from configs import default
 

@@ -1,4 +1,9 @@
-"""nanoGPT's character model for CPU: 0.8M parameters, 2,000 steps."""
+"""nanoGPT's character model for a CPU: 0.8M parameters, 2,000 steps.
+
+  python main.py --config=configs/shakespeare_char_cpu.py
+
+Hardware: two CPU cores. Validation loss: LOSS_CPU. Time: TIME_CPU.
+"""
 
 from configs import default
 

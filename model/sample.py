@@ -106,6 +106,10 @@ def generate(model, prompts, *, max_new_tokens, key, temperature=1.0,
   contexts = [list(map(int, p))[-size:] for p in prompts]
   if not all(contexts):
     raise ValueError('a prompt has no tokens: give at least one')
+  for token in (t for c in contexts for t in c):
+    if not 0 <= token < model.vocab_size:
+      raise ValueError(f'a prompt has the token id {token}, beyond the '
+                       f'vocabulary of {model.vocab_size}')
   left = max_new_tokens
   while left:
     lengths = np.array([len(c) for c in contexts], np.int32)

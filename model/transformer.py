@@ -20,15 +20,20 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 def check(config):
   """Raises ValueError for a config from which no model can be built."""
-  for flag in ('n_layer', 'n_head', 'n_embd', 'block_size'):
-    if config[flag] < 1:
+  for flag in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size',
+               'mlp_width'):
+    if config[flag] is not None and config[flag] < 1:
       raise ValueError(f'{flag} ({config[flag]}) must be at least 1')
-  if not config.vocab_size:
+  if config.scan_unroll < 0:
+    raise ValueError(f'scan_unroll ({config.scan_unroll}) must be at least 0, '
+                     'which unrolls all')
+  if config.vocab_size is None:
     raise ValueError('vocab_size is not set: give the number of token ids, '
                      'which the trainer takes from the dataset')
   if not 0 <= config.dropout < 1:
     raise ValueError(f'dropout ({config.dropout}) must be in [0, 1)')
   pick('compute_dtype', config.compute_dtype, DTYPES)
+  pick('remat', config.remat, REMAT)
   attention.check(config)
 
 
@@ -94,7 +99,7 @@ class Transformer(nnx.Module):
       index, period, states = layers
       return _run(x, period, states, ctx, first=1 + index * len(period))
 
-    policy = pick('remat', self.remat, REMAT)
+    policy = REMAT[self.remat]
     if policy is not None:
       body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, period_states = jax.lax.scan(

@@ -92,6 +92,11 @@ def check(config):
     value = config[flag]
     if value is not None and value < low:
       raise ValueError(f'{flag} ({value}) must be at least {low}')
+  kernel, here = config.attention_kernel, jax.default_backend()
+  if kernel in ('tpu', 'gpu', 'cudnn') and here != kernel.replace(
+      'cudnn', 'gpu'):
+    raise ValueError(f'attention_kernel={kernel} does not run on {here}: use '
+                     'auto or xla')
   pick('nan_policy', config.nan_policy, {'stop': 0, 'skip': 0})
   if config.profile_steps is not None:
     steps = config.profile_steps

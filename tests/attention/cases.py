@@ -1,0 +1,174 @@
+"""The cases of the contract: every variant with every flag that it has.
+
+A case is a variant and some flags. They come from `attention.names()` and
+from the table below, so that a new variant is picked up by being there, and a
+new flag needs one row.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import attention
+from configs import default
+from model.layers import Context
+
+# {flag: its values that are not the default}. A pair (flags, needs) where
+# something else must be set for the flag to mean anything: without `needs` it
+# must raise. The first value joins the row of all flags at once.
+SETTINGS = {
+    'attention_kernel': [dict(attention_kernel='xla')],
+    'disable_flash_attention': [dict(disable_flash_attention=True)],
+    'n_kv_group': [dict(n_kv_group=2), dict(n_kv_group=1)],
+    'use_rotary_embeddings': [dict(use_rotary_embeddings=True)],
+    'rope_base': [(dict(rope_base=50.0), dict(use_rotary_embeddings=True))],
+    'use_qk_norm': [dict(use_qk_norm=True)],
+    'use_qk_norm_scale': [
+        (dict(use_qk_norm_scale=True), dict(use_qk_norm=True))],
+    'attn_logit_softcapping': [dict(attn_logit_softcapping=0.7)],
+    'window_size': [dict(window_size=4), dict(window_size=1)],
+    'use_flash_lobo': [dict(use_flash_lobo=True)],
+    'use_flash_lobo_per_head': [
+        (dict(use_flash_lobo_per_head=True), dict(use_flash_lobo=True))],
+    'use_flash_obo_const': [dict(use_flash_obo_const=True)],
+    'flash_lobo_log_const': [
+        (dict(flash_lobo_log_const=1.5), dict(use_flash_lobo=True)),
+        (dict(flash_lobo_log_const=-0.5), dict(use_flash_obo_const=True))],
+    'mla_latent_dim': [dict(mla_latent_dim=5)],
+    'mla_rotary_dim': [dict(mla_rotary_dim=6)],
+    'use_mla_lobo': [dict(use_mla_lobo=True)],
+    'mla_lobo_init': [(dict(mla_lobo_init=1.5), dict(use_mla_lobo=True))],
+    'n_latent': [dict(n_latent=3)],
+    'triadic_loops': [dict(triadic_loops=2), dict(triadic_loops=0)],
+    'mod_fn': [dict(mod_fn=f'tm{i}') for i in (3, 1, 2, 4)],
+    'co4_mode': [dict(co4_mode='exact')],
+    'n_qk_head_dim': [dict(n_qk_head_dim=6)],
+    'n_v_head_dim': [dict(n_v_head_dim=5)],
+    'n_cproj': [dict(n_cproj=2)],
+    'use_concat_heads': [dict(use_concat_heads=True)],
+    'ssm_mamba_expand': [dict(ssm_mamba_expand=1)],
+    'ssm_conv_kernel_size': [
+        dict(ssm_conv_kernel_size=4), dict(ssm_conv_kernel_size=1)],
+    'ssm_dt_rank': [dict(ssm_dt_rank=3)],
+    'ssm_d_state': [dict(ssm_d_state=5)],
+    'ssm_io_bias': [dict(ssm_io_bias=True)],
+    'ssm_inner_norm': [dict(ssm_inner_norm=False)],
+}
+
+# What a flag needs in one variant alone.
+NEEDS = {
+    ('co4', 'disable_flash_attention'): dict(co4_mode='exact'),
+}
+
+# Not part of the row of all flags together, as they exclude others of it.
+ALONE = ('attention_kernel', 'use_flash_obo_const', 'use_concat_heads')
+
+MODEL = dict(n_embd=32, n_head=4, n_layer=2, block_size=16, vocab_size=32,
+             init_std=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A variant with some flags; `flag` is the one it is about, if any."""
+  variant: str
+  flag: str = ''
+  flags: tuple = ()
+  needs: tuple = ()
+
+  def __str__(self):
+    shown = [f'{k}={v}' for k, v in self.flags]
+    return '-'.join([self.variant, *(shown if self.flag else ['all'] if shown
+                                     else [])])
+
+  def base(self):
+    """The same case without the flag that it is about."""
+    return Case(self.variant, self.flag, self.needs)
+
+
+def settings(variant, flag):
+  """[(flags, needs)] of a flag in a variant; [] if it has no row."""
+  rows = [row if isinstance(row, tuple) else (row, {})
+          for row in SETTINGS.get(flag, [])]
+  extra = NEEDS.get((variant, flag), {})
+  known = attention.flags(variant)
+  return [(flags, {**{k: v for k, v in needs.items() if k in known}, **extra})
+          for flags, needs in rows]
+
+
+def single(variant):
+  """The cases of one flag at a time."""
+  return [
+      Case(variant, flag, tuple({**needs, **flags}.items()),
+           tuple(needs.items()))
+      for flag in attention.flags(variant)
+      for flags, needs in settings(variant, flag)]
+
+
+def main(variant):
+  """The defaults, and all flags at once."""
+  together = {}
+  for flag in attention.flags(variant):
+    if flag not in ALONE:
+      for flags, needs in settings(variant, flag)[:1]:
+        together |= {**needs, **flags}
+  rows = [Case(variant)]
+  return rows + [Case(variant, '', tuple(together.items()))] * bool(together)
+
+
+MAIN = [case for name in attention.names() for case in main(name)]
+SINGLE = [case for name in attention.names() for case in single(name)]
+
+
+def config(**flags):
+  """A tiny model's config."""
+  small = default.get_config()
+  small.update({**MODEL, **flags})
+  return small
+
+
+@functools.cache
+def build(case, **flags):
+  """The case's Attention; the same numbers for the same parameters."""
+  small = config(**{**dict(case.flags), **flags})
+  return jax.jit(lambda key: attention.build(
+      case.variant, small, rngs=nnx.Rngs(key)))(jax.random.key(0))
+
+
+def inputs(T, *, seed=0):
+  """float32 [2,T,D]."""
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal((2, T, MODEL['n_embd'])), jnp.float32)
+
+
+def plain(mixer, x):
+  """The outputs for one document a row."""
+  return mixer(x, Context(counted(x)))[0]
+
+
+def counted(x):
+  return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+
+
+@functools.cache
+def outputs(case):
+  """plain(...) of the case on inputs(12)."""
+  return np.asarray(jax.jit(plain)(build(case), inputs(12)))
+
+
+def parameters(tree):
+  """{path: array} of a module or of its gradient."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'):
+          np.asarray(leaf) for path, leaf in leaves}
+
+
+def close(got, want, tolerance=2e-5):
+  """Asserts a small error, as a part of the largest wanted number."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape
+  worst = np.abs(got - want).max() / max(np.abs(want).max(), 1e-6)
+  assert worst <= tolerance, f'error {worst:.2g} > {tolerance}'

@@ -1,0 +1,197 @@
+"""Causal attention: its oracle, and what the flags mean by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attention
+from configs import default
+from model.layers import Context
+from tests.attention.oracles import dense, float64, rms, rotate
+
+
+def oracle(mixer, x, *, positions, segment_ids):
+  """Vaswani et al. 2017, section 3.2, one query at a time."""
+  q, k, v = (dense(p, x) for p in (mixer.query, mixer.key, mixer.value))
+  return dense(mixer.out, softmax_attention(
+      mixer.softmax, q, k, v, positions=positions, segment_ids=segment_ids))
+
+
+def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
+  """What a Softmax module does between projections.
+
+  Args:
+    softmax: the Softmax module, for its options and learned numbers.
+    q, k, v: float64 [B,T,N,H], [B,T,K,H], [B,T,K,V].
+    positions, segment_ids: int [B,T].
+
+  Returns:
+    float64 [B,T,N,V].
+  """
+  options = softmax.options
+  B, T, N, H = q.shape
+  scale = 1 / math.sqrt(H)
+  if options.use_rotary_embeddings:
+    q, k = (rotate(a, positions, options.rope_base) for a in (q, k))
+  if options.use_qk_norm:
+    q, k = rms(q), rms(k)
+  if options.use_qk_norm_scale:
+    q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+    scale = float(softmax.g[...])
+  y = np.zeros((B, T, N, v.shape[-1]))
+  for b, t, n in np.ndindex(B, T, N):
+    group = n // (N // k.shape[2])
+    seen = [s for s in range(t + 1)
+            if segment_ids[b, s] == segment_ids[b, t]
+            and (not options.window_size or t - s < options.window_size)]
+    s = scale * k[b, seen, group] @ q[b, t, n]
+    if options.attn_logit_softcapping:
+      cap = options.attn_logit_softcapping
+      s = cap * np.tanh(s / cap)
+    e = np.exp(s)
+    y[b, t, n] = e @ v[b, seen, group] / (e.sum() + _off_by(softmax, n))
+  return y
+
+
+def _off_by(softmax, head):
+  """The constant e^lambda in the denominator of a head, or 0."""
+  options = softmax.options
+  if options.use_flash_obo_const:
+    return math.exp(options.flash_lobo_log_const)
+  if not options.use_flash_lobo:
+    return 0.0
+  log_sink = float64(softmax.log_sink)
+  return math.exp(
+      log_sink[head] if options.use_flash_lobo_per_head else log_sink)
+
+
+def build(**flags):
+  config = default.get_config()
+  config.update({'n_embd': 24, 'n_head': 6, 'n_layer': 2, 'block_size': 16,
+                 **flags})
+  return jax.jit(lambda key: attention.build(
+      'causal', config, rngs=nnx.Rngs(key)))(jax.random.key(0))
+
+
+@jax.jit
+def run(mixer, x):
+  return mixer(x.astype(jnp.float32), Context(jnp.arange(x.shape[1])[None]))[0]
+
+
+def example(T=7):
+  return np.random.default_rng(0).standard_normal((1, T, 24))
+
+
+@pytest.mark.parametrize('flags, named', [
+    (dict(n_kv_group=4), 'n_kv_group (4) must divide n_head (6)'),
+    (dict(n_kv_group=0), 'n_kv_group (0)'),
+    (dict(n_kv_group=12), 'use 1, 2, 3 or 6'),
+    (dict(n_kv_group=-1), 'n_kv_group (-1)'),
+    (dict(n_head=5), 'n_head (5) must divide n_embd (24)'),
+    (dict(attn_logit_softcapping=-1.0), 'attn_logit_softcapping (-1.0)'),
+    (dict(window_size=-3), 'window_size (-3)'),
+    (dict(use_qk_norm_scale=True), 'use_qk_norm'),
+    (dict(use_flash_lobo_per_head=True), 'use_flash_lobo'),
+    (dict(use_flash_lobo=True, use_flash_obo_const=True),
+     'use_flash_obo_const'),
+    (dict(use_flash_obo_const=True, use_flash_lobo_per_head=True),
+     'contradicts'),
+    (dict(flash_lobo_log_const=1.0), 'flash_lobo_log_const (1.0)'),
+    (dict(disable_flash_attention=True, attention_kernel='xla'),
+     'attention_kernel=xla'),
+], ids=lambda v: '-'.join(v) if isinstance(v, dict) else None)
+def test_bad_flags_are_named(flags, named):
+  with pytest.raises(ValueError) as error:
+    build(**flags)
+  assert named in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_an_odd_head_width_cannot_be_rotated():
+  mixer = build(n_head=8, use_rotary_embeddings=True)  # 24 / 8 = 3.
+  with pytest.raises(ValueError, match='even head width, not 3'):
+    run(mixer, example())
+
+
+def test_an_unknown_kernel_is_named():
+  with pytest.raises(ValueError, match='nonsense'):
+    run(build(attention_kernel='nonsense'), example())
+
+
+@pytest.mark.parametrize('kernel', ['tpu', 'gpu', 'cudnn'])
+def test_a_named_kernel_never_falls_back(kernel):
+  with pytest.raises((ValueError, NotImplementedError)):
+    run(build(attention_kernel=kernel), example())
+
+
+def test_window_of_one_sees_only_itself():
+  """W counts oneself: softmax over one token is its value."""
+  mixer, x = build(window_size=1), example()
+  want = dense(mixer.out, dense(mixer.value, x))
+  np.testing.assert_allclose(run(mixer, x), want, atol=1e-6)
+
+
+def test_softmax_of_the_first_token_with_a_constant():
+  """Lambda = s makes the mass one half."""
+  mixer, x = build(use_flash_obo_const=True), example(T=1)
+  q, k, v = (dense(p, x) for p in (mixer.query, mixer.key, mixer.value))
+  mass = 1 / (1 + np.exp(-(q * k).sum(-1, keepdims=True) / 2))
+  np.testing.assert_allclose(
+      run(mixer, x), dense(mixer.out, mass * v), atol=1e-6)
+
+
+def test_the_learned_scale_starts_at_henrys_value():
+  mixer = build(use_qk_norm=True, use_qk_norm_scale=True)
+  assert float(mixer.softmax.g[...]) == pytest.approx(math.log2(16 * 16 - 16))
+
+
+@pytest.mark.parametrize('per_head', [False, True])
+def test_lambda_has_its_shape_and_start(per_head):
+  mixer = build(use_flash_lobo=True, use_flash_lobo_per_head=per_head,
+                flash_lobo_log_const=1.5)
+  log_sink = mixer.softmax.log_sink
+  assert log_sink[...].shape == ((6,) if per_head else ())
+  assert log_sink[...].dtype == jnp.float32
+  assert not log_sink.decay
+  np.testing.assert_allclose(log_sink[...], 1.5)
+
+
+def test_qk_norm_scale_is_a_cosine():
+  """Scores do not depend on the lengths of q and k."""
+  mixer = build(use_qk_norm=True, use_qk_norm_scale=True, init_std=0.3)
+  x = example()
+  before = run(mixer, x)
+  mixer.query.weight[...] *= 7.0
+  mixer.key.weight[...] *= 0.3
+  np.testing.assert_allclose(run(mixer, x), before, atol=2e-5)
+
+
+def test_window_keeps_a_ring_of_w_minus_one():
+  state = build(window_size=5).init_state(2, 1000)
+  assert [v.shape for v in state['values']] == [(2, 4, 6, 4)] * 2
+
+
+def test_grouped_queries_shrink_the_cache():
+  state = build(n_kv_group=2).init_state(2, 10)
+  assert [v.shape for v in state['values']] == [(2, 10, 2, 4)] * 2
+
+
+def test_too_many_tokens_for_a_state():
+  mixer, x = build(), example()
+  ctx = Context(jnp.arange(7)[None])
+  with pytest.raises(ValueError, match='7 tokens do not fit .* length 6'):
+    mixer(jnp.asarray(x, jnp.float32), ctx, mixer.init_state(1, 6))
+
+
+@pytest.mark.parametrize('window', [None, 3])
+def test_flops_are_those_of_the_sums(window):
+  """Counted pair by pair: 2 H for a score and 2 V for its value."""
+  mixer, T = build(window_size=window), 8
+  pairs = sum(min(t + 1, window or T) for t in range(T))
+  dense_flops = 4 * 2 * 24 * 24
+  assert mixer.flops(T) == pytest.approx(
+      dense_flops + pairs * 6 * 2 * (4 + 4) / T)

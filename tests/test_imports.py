@@ -1,0 +1,115 @@
+"""Who imports whom, and that importing touches no device."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import attention
+
+ROOT = pathlib.Path(attention.__file__).parents[1]
+PACKAGES = ('attention', 'configs', 'model', 'train_lib')
+HOUSE = (*PACKAGES, 'main', 'tests', 'benchmarks')
+FILES = sorted(path.relative_to(ROOT) for package in PACKAGES
+               for path in (ROOT / package).rglob('*.py'))
+VARIANTS = [f'attention/{name}.py' for name in attention.names()]
+
+# Where a file lies -> what it may import of the house, and of everybody else
+# (None: anything). The longest entry that a path begins with counts.
+RULES = {
+    'attention/__init__.py': ((), ()),
+    'attention/kernels': (('attention.kernels',),
+                          ('jax', 'jaxtyping', 'numpy')),
+    'attention/common': (
+        ('attention.common', 'attention.kernels', 'model.layers'),
+        ('flax', 'jax')),
+    'attention': (('attention.common', 'attention.kernels', 'model.layers'),
+                  ('flax', 'jax')),
+    'model/layers.py': ((), ('flax', 'jax')),
+    'model': (('attention', 'model'), ('flax', 'jax', 'numpy')),
+    'configs': (('attention', 'configs'), ('ml_collections',)),
+    'train_lib': (('attention.kernels.dispatch', 'configs.default', 'model',
+                   'train_lib'), None),
+    'main.py': (PACKAGES, ('absl',)),
+}
+DENIED = {  # Allowed by a rule above, but for these.
+    'model': ('attention.kernels', 'attention.common',
+              *(f'attention.{name}' for name in attention.names())),
+    'configs': ('attention.kernels',
+                *(f'attention.{name}' for name in attention.names())),
+}
+
+
+def imported(path):
+  """The modules that a file imports, `from a import b` as both a and a.b."""
+  found = set()
+  for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    if isinstance(node, ast.Import):
+      found |= {(alias.name,) for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}:{node.lineno}: imports are absolute'
+      found |= {(node.module, f'{node.module}.{a.name}') for a in node.names}
+  return found
+
+
+def within(name, packages):
+  return any(name == p or name.startswith(p + '.') for p in packages)
+
+
+def rule(path, rules):
+  places = [p for p in rules if path == p or path.startswith(p + '/')]
+  return rules[max(places, key=len)] if places else ()
+
+
+@pytest.mark.parametrize('path', [*map(str, FILES), 'main.py'])
+def test_imports_what_its_place_allows(path):
+  house, others = rule(path, RULES)
+  for names in imported(path):
+    if names[0].split('.')[0] not in HOUSE:
+      allowed = others is None or within(names[0], others)
+      assert allowed or names[0].split('.')[0] in sys.stdlib_module_names, (
+          f'{path} imports {names[0]}: its place allows {others}')
+      continue
+    assert any(within(n, house) for n in names), (
+        f'{path} imports {names[-1]}: its place allows {house or "nothing"}')
+    assert not any(within(n, rule(path, DENIED)) for n in names), (
+        f'{path} imports {names[-1]}, which is not for others to know')
+
+
+@pytest.mark.parametrize('path', VARIANTS)
+def test_no_variant_imports_another(path):
+  variants = [f'attention.{name}' for name in attention.names()]
+  assert not [n for names in imported(path) for n in names
+              if within(n, variants)]
+
+
+@pytest.mark.parametrize('path', [*map(str, FILES), 'main.py'])
+def test_files_are_short(path):
+  limit = {'main.py': 60}.get(path, 400)
+  limit = 150 if path in VARIANTS else limit
+  assert len((ROOT / path).read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize('path', [*map(str, FILES), 'main.py'])
+def test_functions_are_short(path):
+  for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    if isinstance(node, ast.FunctionDef):
+      assert node.end_lineno - node.lineno < 80, f'{path}: {node.name}'
+
+
+def test_importing_everything_touches_no_device():
+  """jax.distributed.initialize must be able to come first."""
+  modules = ['main'] + [
+      '.'.join(path.with_suffix('').parts).removesuffix('.__init__')
+      for path in FILES]
+  code = '\n'.join([
+      *(f'import {module}' for module in modules),
+      'from configs import default',
+      'default.get_config()',
+      'from jax._src import xla_bridge',
+      'assert not xla_bridge._backends, xla_bridge._backends'])
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT,
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
