@@ -7,9 +7,7 @@ all; the best of the turns counts. Times are in ms, temporaries in MB.
 """
 
 import argparse
-import ctypes
 import os
-import sys
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.kernels.flash import flash_attention
+from train_lib import metrics
 
 try:
   import torch
@@ -43,16 +42,6 @@ def parse_arguments():
   parser.add_argument('--keep_memory', action=argparse.BooleanOptionalAction,
                       default=True, help='have glibc keep freed memory mapped')
   return parser.parse_args()
-
-
-def keep_memory():
-  """Stops glibc from returning freed arrays to the system (page faults)."""
-  if sys.platform != 'linux':
-    return
-  libc = ctypes.CDLL(None)
-  m_trim_threshold, m_mmap_max = -1, -4
-  libc.mallopt(m_mmap_max, 0)
-  libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def plain_jnp(q, k, v, *, scale, window):
@@ -146,7 +135,7 @@ def bench_row(T, window, turns):
 def main():
   arguments = parse_arguments()
   if arguments.keep_memory:
-    keep_memory()
+    metrics.keep_memory()
   print('length window  contender    forward fwd + bwd   ours/it: fwd, both'
         '   temporaries')
   for T in arguments.lengths:

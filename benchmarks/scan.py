@@ -10,7 +10,6 @@ The PyTorch rows appear where torch is installed.
 """
 
 import argparse
-import ctypes
 import functools
 import math
 import time
@@ -21,6 +20,7 @@ import numpy as np
 
 from attention.kernels import chunked, scan
 from attention.kernels.scan import reference
+from train_lib import metrics
 
 try:
   import torch
@@ -165,14 +165,6 @@ def chunked_table(steps, repeats):
           candidates, (q, k, v), repeats)
 
 
-def keep_memory():
-  """glibc keeps freed memory: no page faults at every call (Linux alone)."""
-  trim_threshold, mmap_max = -1, -4
-  libc = ctypes.CDLL(None)
-  libc.mallopt(mmap_max, 0)
-  libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--op', choices=('scan', 'chunked', 'all'), default='all')
@@ -184,7 +176,7 @@ def main():
                       help='keep temporaries mapped between calls')
   flags = parser.parse_args()
   if flags.keep_memory:
-    keep_memory()
+    metrics.keep_memory()
   if flags.op in ('scan', 'all'):
     scan_table(flags.repeats)
   if flags.op in ('chunked', 'all'):

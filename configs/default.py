@@ -80,8 +80,8 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Training:
   """Training"""
-  max_iters: int = option(2000, 'optimiser steps')
-  batch_size: int = option(16, 'rows of a step, over all devices')
+  max_iters: int = option(1000, 'optimiser steps')
+  batch_size: int = option(8, 'rows of a step, over all devices')
   gradient_accumulation_steps: int = option(
       1, 'parts into which a step splits its rows')
   z_loss: float = option(0.0, 'weight of the squared log normaliser')
@@ -93,7 +93,7 @@ class Training:
 class Optimizer:
   """Optimiser"""
   optimizer: str = option('adamw', 'adamw, lion, adafactor, muon or sgd')
-  learning_rate: float = option(1e-3, 'peak learning rate')
+  learning_rate: float = option(3e-3, 'peak learning rate')
   lr_schedule: str = option(
       'cosine', 'after warm-up: constant, cosine, linear or wsd')
   min_lr: float = option(1e-4, 'final learning rate')

@@ -10,6 +10,9 @@ import time
 
 import jax
 
+# Options of glibc's mallopt, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets.
 PEAK_FLOPS = {
     'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12,
@@ -194,14 +197,16 @@ class Profiler:
 def keep_memory():
   """Has glibc keep freed memory instead of handing it back to the system.
 
-  XLA's CPU client frees its temporaries after every step; mapping them anew
-  costs up to a third of a small step in page faults.
+  XLA's CPU client frees its temporaries after every step, and mapping them
+  anew costs a third of a small step in page faults. The arenas of threads
+  give memory back whatever the thresholds say, so there must be but one: call
+  this before JAX starts its threads.
   """
-  if jax.default_backend() == 'cpu' and sys.platform == 'linux':
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is not None:  # glibc: M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1.
-      mallopt(-4, 0)
-      mallopt(-1, 2 ** 31 - 1)
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if sys.platform == 'linux' and mallopt is not None:
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1),
+                          (M_ARENA_MAX, 1)):
+      mallopt(option, value)
 
 
 def _truncate(path, step):

@@ -261,14 +261,13 @@ def test_every_flag_has_one_place():
   assert not clashes
 
 
-def test_no_default_is_written_twice():
-  """A flag of several variants comes from one field of one class."""
-  owners = {}
+def test_a_flag_is_the_same_in_every_variant():
+  fields = {}
   for variant in attention.names():
-    for cls in attention.get(variant).Options.__mro__:
-      for name in vars(cls).get('__annotations__', {}):
-        owners.setdefault(name, set()).add(cls.__qualname__ + cls.__module__)
-  assert {n: o for n, o in owners.items() if len(o) > 1} == {}
+    for name, field in attention.flags(variant).items():
+      fields.setdefault(name, set()).add(
+          (field.default, str(field.type), field.metadata['help']))
+  assert {n: f for n, f in fields.items() if len(f) > 1} == {}
 
 
 def test_a_config_is_locked():

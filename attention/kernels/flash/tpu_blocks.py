@@ -1,0 +1,386 @@
+"""How the TPU kernels cut their work: sizes, order of visits, launch."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# What the mask leaves of a block of [queries, keys]: nothing, a part of no
+# known shape, the lower triangle (diagonal to diagonal), everything.
+EMPTY, PARTIAL, TRIANGLE, FULL = range(4)
+
+# A visit is one int32: key block, query block, kind, and whether it is the
+# first and the last one of its query block.
+_BITS = 13
+MAX_BLOCKS = 1 << _BITS
+_KIND, _FIRST, _LAST = 2 * _BITS, 2 * _BITS + 2, 2 * _BITS + 3
+
+# A quarter of the scalar memory (1 MiB on every generation since v4).
+MAX_VISITS = 1 << 16
+
+
+class Blocks(NamedTuple):
+  """What one grid step computes, and how it is cut for the scheduler.
+
+  A step works on q queries and k keys in tiles of tile_q by tile_k. The scores
+  of `ahead` tiles are computed before the first one is exponentiated.
+  """
+  q: int
+  k: int
+  tile_q: int
+  tile_k: int
+  ahead: int
+
+
+# Bytes of VMEM of one core.
+_VMEM = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,
+         '7x': 64 << 20}
+
+# The first row that fits is taken: generations (none is any), least width of
+# the wider of H and V, least itemsize, then forward and backward blocks.
+#
+# The last two rows were chosen by benchmarks/tpu_cycles.py. 512 by 512 scores
+# are enough work to hide the fetch of a block (two of 128 KB in 1,100 cycles on
+# v5e) and the 100 to 200 scalar cycles of a grid step, and few enough to leave
+# the diagonal thin; a body is unrolled, so that larger blocks make a longer
+# program. Four of the five matmuls of the backward pass have queries as their
+# weights, which a tile of all keys loads once. The matrix units of v6e and 7x
+# are 256 wide, twice those of the others, and want tiles that fill them.
+#
+# The rows above were not: wide heads and float32 (six passes of the matrix unit
+# for each product) get smaller blocks to keep programs short and fit in VMEM.
+_TABLE = (
+    ((), 129, 4, Blocks(256, 256, 128, 128, 2), Blocks(128, 128, 128, 128, 1)),
+    ((), 0, 4, Blocks(256, 256, 128, 128, 2), Blocks(256, 256, 128, 256, 1)),
+    ((), 129, 2, Blocks(512, 512, 256, 128, 4), Blocks(256, 256, 128, 256, 2)),
+    (('v6e', '7x'), 0, 2,
+     Blocks(512, 512, 256, 256, 3), Blocks(512, 512, 256, 512, 1)),
+    ((), 0, 2, Blocks(512, 512, 256, 128, 4), Blocks(512, 512, 128, 512, 2)),
+)
+
+
+def generation():
+  """Returns 'v4', 'v5e', 'v5p', 'v6e', '7x', or '' where there is no TPU."""
+  try:
+    return str(pltpu.get_tpu_info().chip_version)
+  except ValueError:
+    return ''
+
+
+def vmem_bytes():
+  """Returns the bytes of VMEM of a core: the least of all where unknown."""
+  return _VMEM.get(generation(), min(_VMEM.values()))
+
+
+def block_sizes(T, S, *, widest, itemsize, backward):
+  """Returns the Blocks for T queries and S keys of a head.
+
+  Args:
+    T: queries. A short sequence gets blocks of its own size, rounded up to
+      the 128 lanes on which queries and keys lie.
+    S: keys.
+    widest: the wider of H and V.
+    itemsize: bytes of an element of q, k and v.
+    backward: whether for the backward kernel.
+  """
+  chip = generation()
+  q, k, tile_q, tile_k, ahead = next(
+      blocks[backward] for chips, width, size, *blocks in _TABLE
+      if widest >= width and itemsize >= size and (not chips or chip in chips))
+  q, k = min(q, round_up(T, 128)), min(k, round_up(S, 128))
+  tile_q, tile_k = min(q, tile_q), min(k, tile_k)
+  return Blocks(q, k, tile_q if q % tile_q == 0 else 128,
+                tile_k if k % tile_k == 0 else 128, ahead)
+
+
+def round_up(x, multiple):
+  return -(-x // multiple) * multiple
+
+
+class Visits(NamedTuple):
+  """The blocks that a kernel visits, in order: its grid's last dimension.
+
+  Attributes:
+    words: [B or 1, L] int32, see `unpack`. Rows are query-major.
+    steps: how many of the L words some row of the batch needs: an int, or a
+      traced int32 scalar.
+    kinds: the kinds that can occur, known at trace time.
+  """
+  words: object
+  steps: object
+  kinds: tuple
+
+
+def unpack(word):
+  """Returns (query block, key block, kind, first, last) of a visit."""
+  low = MAX_BLOCKS - 1
+  return ((word >> _BITS) & low, word & low, (word >> _KIND) & 3,
+          (word >> _FIRST) & 1, (word >> _LAST) & 1)
+
+
+def visits(blocks, T, S, q_ids, kv_ids, q_offset, *, causal, window,
+           folded=False):
+  """Lists the blocks of [queries, keys] in which the mask leaves anything.
+
+  Each query block gets at least one visit, so that its output is written.
+  Without ids and with an int as q_offset, everything is known at trace time.
+
+  Args:
+    blocks: Blocks.
+    T: queries.
+    S: keys.
+    q_ids: [B,T] int32, or None.
+    kv_ids: [B,S] int32, or None.
+    q_offset: an int, or an int32 scalar.
+    causal: as for flash_attention.
+    window: likewise.
+    folded: whether the T queries of several heads share a block, the only one.
+  """
+  rows, columns, kind = candidates(
+      blocks, T, S, q_offset, causal=causal, window=window)
+  if folded:
+    kind = kind - (kind == TRIANGLE) * (TRIANGLE - PARTIAL)
+  if q_ids is None and isinstance(q_offset, int):
+    words = _pack(np, rows[None], columns[None], kind[None], rows.size)
+    return Visits(words, rows.size, tuple(np.unique(kind).tolist()))
+  if q_ids is not None:
+    kind = _refine(blocks, kind, rows, columns, q_ids, kv_ids)
+  kind = jnp.atleast_2d(kind)
+  kept = (kind != EMPTY) | np.append(rows[1:] != rows[:-1], True)
+  order = jnp.argsort(~kept, axis=1, stable=True)
+  count = kept.sum(1, dtype=jnp.int32, keepdims=True)
+  # The tail of a row of the batch that needs less repeats its last visit,
+  # emptied: the same blocks, so that nothing is fetched.
+  step = np.arange(rows.size)
+  order = jnp.take_along_axis(order, jnp.minimum(step, count - 1), 1)
+  kind = jnp.take_along_axis(kind, order, 1)
+  kind = jnp.where(step < count, kind, EMPTY)
+  words = _pack(jnp, jnp.asarray(rows)[order], jnp.asarray(columns)[order],
+                kind, count)
+  kinds = (EMPTY, FULL)
+  if causal or S % blocks.k or q_ids is not None:
+    kinds += (PARTIAL,)
+  if causal and blocks.q == blocks.k and not folded:
+    kinds += (TRIANGLE,)
+  return Visits(words, jnp.max(count), tuple(sorted(kinds)))
+
+
+def candidates(blocks, T, S, q_offset, *, causal, window):
+  """Returns what positions alone leave: query blocks, key blocks, kinds, [L].
+
+  With a traced q_offset these are all pairs of blocks, and kinds is traced.
+  """
+  static = isinstance(q_offset, int)
+  first = np.arange(0, T, blocks.q)[:, None]
+  last = np.minimum(first + blocks.q, T) - 1 + q_offset
+  first = first + q_offset
+  start = np.arange(0, S, blocks.k)[None, :]
+  end = start + blocks.k - 1
+  some = (first <= last) & (start <= end)
+  full = some & (end < S)
+  triangle = some & False
+  if causal:
+    some &= start <= last
+    full &= end <= first
+    if blocks.q == blocks.k:
+      triangle = first == start
+  if window:
+    some &= np.minimum(end, S - 1) > first - window
+    full &= start > last - window
+  xp = np if static else jnp
+  kind = xp.where(full, FULL, xp.where(triangle, TRIANGLE, PARTIAL))
+  kind = xp.where(some, kind, EMPTY)
+  listed = np.ones(kind.shape, bool)
+  if static:
+    listed = some.copy()
+    listed[:, 0] |= ~some.any(1)
+  rows, columns = np.nonzero(listed)
+  return rows, columns, kind[rows, columns]
+
+
+def _pack(xp, rows, columns, kind, count):
+  new = rows[:, 1:] != rows[:, :-1]
+  edge = xp.ones_like(new, shape=(rows.shape[0], 1))
+  first = xp.concatenate([edge, new], 1)
+  last = xp.concatenate([new, edge], 1)
+  last |= np.arange(rows.shape[1]) == count - 1
+  words = (columns + (rows << _BITS) + (kind << _KIND)
+           + first * (1 << _FIRST) + last * (1 << _LAST))
+  return words.astype(np.int32)
+
+
+def _refine(blocks, kind, rows, columns, q_ids, kv_ids):
+  """Empties pairs of blocks whose ranges of ids do not meet, [B,L]."""
+  q_low, q_high = _range(q_ids, blocks.q)
+  kv_low, kv_high = _range(kv_ids, blocks.k)
+  q_low, q_high = q_low[:, rows], q_high[:, rows]
+  kv_low, kv_high = kv_low[:, columns], kv_high[:, columns]
+  meet = (q_low <= kv_high) & (kv_low <= q_high)
+  same = (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low)
+  kind = jnp.where((kind == FULL) & ~same, PARTIAL, kind)
+  return jnp.where(meet, kind, EMPTY)
+
+
+def _range(ids, size):
+  """Least and greatest id of each block of `size` ids, [B,blocks]."""
+  B, T = ids.shape
+  ids = jnp.pad(ids, ((0, 0), (0, -T % size)), mode='edge')
+  ids = ids.reshape(B, -1, size)
+  return ids.min(2), ids.max(2)
+
+
+class Spec(NamedTuple):
+  """What a kernel is specialised to."""
+  blocks: Blocks
+  kinds: tuple
+  listed: int  # visits in a row of the list, 0 if one row serves the batch
+  S: int
+  folded: int  # T where a block holds all queries of a group, else 0
+  scale: float
+  causal: bool
+  window: int
+  softcap: float
+  ids: bool
+
+
+class Launch:
+  """One kernel launch: layouts, block specs and grid."""
+
+  def __init__(self, q, k, v, q_ids, kv_ids, q_offset, *, backward, **options):
+    self.B, self.T, self.N, H = q.shape
+    S, self.K, V = v.shape[1:]
+    sizes = functools.partial(
+        block_sizes, S=S, widest=max(H, V),
+        itemsize=q.dtype.itemsize, backward=backward)
+    # A few queries (decoding): those of a whole group share one block, so
+    # that K and V are read once and not G times.
+    self.G = self.N // self.K
+    rows = self.G * self.T
+    folded = self.G > 1 and sizes(rows).q >= rows
+    if folded:
+      self.G = 1
+      q_ids = None if q_ids is None else jnp.tile(q_ids, (1, rows // self.T))
+    self.n_rows = rows if folded else self.T
+    self.blocks = sizes(self.n_rows)
+    self.n_queries = round_up(self.n_rows, self.blocks.q)
+    self.n_keys = round_up(S, self.blocks.k)
+    self.visits = visits(
+        self.blocks, self.T, S, q_ids, kv_ids, q_offset,
+        causal=options['causal'], window=options['window'], folded=folded)
+    batches, listed = self.visits.words.shape
+    self.spec = Spec(
+        self.blocks, self.visits.kinds, listed if batches > 1 else 0, S,
+        folded=self.T if folded else 0, ids=q_ids is not None, **options)
+    self.q_offset = jnp.asarray(q_offset, jnp.int32).reshape(1)
+    self.ids = []
+    if q_ids is not None:
+      self.ids = [
+          (_pad(q_ids[:, None], 2, self.n_queries), self._spec(
+              (None, 1, self.blocks.q), lambda b, n, h, i, j: (b, 0, i))),
+          (_pad(kv_ids[:, None], 2, self.n_keys), self._spec(
+              (None, 1, self.blocks.k), lambda b, n, h, i, j: (b, 0, j)))]
+
+  def _spec(self, shape, index):
+    """A block chosen by batch, query head, key head, query and key block."""
+    G, listed = self.G, self.spec.listed
+
+    def index_map(b, h, g, step, words, _):
+      i, j, *_ = unpack(words[b * listed + step])
+      return index(b, h * G + g, h, i, j)
+
+    return pl.BlockSpec(shape, index_map)
+
+  def queries(self, x):
+    """[B,T,N,H] -> ([B,heads,rows,H], its block)."""
+    x = jnp.swapaxes(x, 1, 2).reshape(self.B, self.K * self.G, self.n_rows, -1)
+    x = _pad(_pad(x, 2, self.n_queries), 3, padded_width(x))
+    return x, self._spec((None, None, self.blocks.q, x.shape[3]),
+                         lambda b, n, h, i, j: (b, n, i, 0))
+
+  def rows(self, *arrays):
+    """[B,N,T] each -> ([B,heads,arrays,rows], its block)."""
+    x = jnp.stack([x.reshape(self.B, self.K * self.G, self.n_rows)
+                   for x in arrays], axis=2)
+    return _pad(x, 3, self.n_queries), self._spec(
+        (None, None, len(arrays), self.blocks.q),
+        lambda b, n, h, i, j: (b, n, 0, i))
+
+  def keys(self, x):
+    """[B,S,K,H] -> ([B,K,keys,H], its block)."""
+    x = _pad(_pad(jnp.swapaxes(x, 1, 2), 2, self.n_keys), 3, padded_width(x))
+    return x, self._spec((None, None, self.blocks.k, x.shape[3]),
+                         lambda b, n, h, i, j: (b, h, j, 0))
+
+  def out_queries(self, width, dtype):
+    shape = (self.B, self.K * self.G, self.n_queries, width)
+    return jax.ShapeDtypeStruct(shape, dtype), self._spec(
+        (None, None, self.blocks.q, width), lambda b, n, h, i, j: (b, n, i, 0))
+
+  def out_rows(self):
+    shape = (self.B, self.K * self.G, 1, self.n_queries)
+    return jax.ShapeDtypeStruct(shape, jnp.float32), self._spec(
+        (None, None, 1, self.blocks.q), lambda b, n, h, i, j: (b, n, 0, i))
+
+  def out_keys(self, width, dtype):
+    """All keys of a head, written once."""
+    shape = (self.B, self.K, self.n_keys, width)
+    return jax.ShapeDtypeStruct(shape, dtype), self._spec(
+        (None, None, self.n_keys, width), lambda b, n, h, i, j: (b, h, 0, 0))
+
+  def restore(self, x, width):
+    """[B,heads,rows,H] -> [B,T,N,H]; [B,heads,1,rows] -> [B,N,T]."""
+    if width is None:
+      return x[:, :, 0, :self.n_rows].reshape(self.B, self.N, self.T)
+    x = x[:, :, :self.n_rows, :width]
+    return jnp.swapaxes(x.reshape(self.B, self.N, self.T, width), 1, 2)
+
+  def run(self, kernel, inputs, outputs, scratch, *, name, products):
+    """Launches a kernel.
+
+    Args:
+      kernel: of the refs of visits, q_offset, inputs, ids, outputs and scratch.
+      inputs: (array, spec) pairs.
+      outputs: (shape, spec) pairs.
+      scratch: shapes.
+      name: of the kernel.
+      products: multiplications for each score, of all its matmuls.
+    """
+    inputs, in_specs = zip(*inputs, *self.ids)
+    shapes, out_specs = zip(*outputs)
+    scores = (self.B * self.K * self.G * self.visits.words.shape[1]
+              * self.blocks.q * self.blocks.k)
+    return pl.pallas_call(
+        functools.partial(kernel, spec=self.spec),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(self.B, self.K, self.G, self.visits.steps),
+            in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(
+                'parallel', 'parallel', 'arbitrary', 'arbitrary'),
+            vmem_limit_bytes=vmem_bytes(),
+            # Arrays are padded to whole blocks.
+            disable_bounds_checks=True),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * scores * products, transcendentals=scores,
+            bytes_accessed=sum(
+                x.size * x.dtype.itemsize for x in (*inputs, *shapes))),
+        name=name,
+    )(jnp.asarray(self.visits.words).reshape(-1), self.q_offset, *inputs)
+
+
+def _pad(x, axis, size):
+  """Pads the end of an axis with zeros."""
+  pads = [(0, 0)] * x.ndim
+  pads[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, pads) if pads[axis][1] else x
+
+
+def padded_width(x):
+  """The last dimension in the kernel: whole sublanes when turned over."""
+  return round_up(x.shape[-1], 16)

@@ -1,0 +1,273 @@
+"""The TPU kernels: the rows of test_flash interpreted, and compiled for chips.
+
+The interpreter runs with NaN in memory that nothing wrote, raises on reads
+out of bounds, and reports races. The compiler is the real one: libtpu builds
+for chips that are only described.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import mesh_utils, topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from attention.kernels.flash import flash_attention, tpu, tpu_blocks
+from tests.kernels import oracle, test_flash
+from tests.kernels.test_flash import LONG_ROWS, ROWS, Row
+
+# The fast tier: several blocks, each kind of block, each way to list them.
+FAST_ROWS = (
+    Row('everything', T=257, K=1, V=24, window=100, softcap=2.0, segments=True,
+        sink=True),
+    Row('chunk', T=100, S=257, q_offset=128),
+    Row('empty rows traced', T=200, S=100, q_offset=-70, traced=True,
+        sink=True),
+    Row('decode', T=3, S=257, q_offset=180, window=90, traced=True),
+    Row('bidirectional traced', T=63, S=128, causal=False, traced=True),
+)
+CHIPS = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
+         'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
+
+
+class Shape(NamedTuple):
+  """A row of the table of what the compilers must take."""
+  id: str
+  H: int = 128
+  V: int = 128
+  T: int = 1024
+  S: int = 1024
+  dtype: type = jnp.bfloat16
+  segments: bool = False
+  traced: bool = False
+  options: dict = {}
+
+
+SHAPES = (
+    Shape('H32', 32, 32),
+    Shape('H64', 64, 64),
+    Shape('H80', 80, 80),
+    Shape('H96', 96, 96),
+    Shape('H128'),
+    Shape('H192V128', 192, 128),
+    Shape('H256', 256, 256),
+    Shape('float32', dtype=jnp.float32),
+    Shape('float32-H256', 256, 256, dtype=jnp.float32),
+    Shape('everything', 64, 96, T=1000, S=1500, segments=True, traced=True,
+          options={'window': 300, 'softcap': 30.0}),
+    Shape('packed', segments=True, T=4096, S=4096),
+    Shape('decode', T=1, S=4000, traced=True),
+)
+rows = functools.partial(
+    pytest.mark.parametrize, 'row', ids=lambda row: row.id.replace(' ', '-'))
+
+
+@pytest.fixture
+def interpreted(capfd):
+  """Runs TPU kernels on the CPU, and fails the test on a race."""
+  params = pltpu.InterpretParams(
+      detect_races=True, uninitialized_memory='nan',
+      out_of_bounds_reads='raise')
+  with pltpu.force_tpu_interpret_mode(params):
+    yield
+  assert 'RACE DETECTED' not in capfd.readouterr().out
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Blocks of 128, two tiles of scores ahead: 257 tokens make nine blocks."""
+  monkeypatch.setattr(
+      tpu_blocks, 'block_sizes',
+      lambda *_, **__: tpu_blocks.Blocks(128, 128, 128, 128, 2))
+
+
+def compare(row):
+  test_flash.compare(row, 'tpu')
+
+
+@rows(argvalues=FAST_ROWS)
+def test_matches_reference(row, interpreted, small_blocks):
+  compare(row)
+
+
+@pytest.mark.slow
+@rows(argvalues=ROWS + LONG_ROWS)
+def test_matches_reference_on_all_rows(row, interpreted, small_blocks):
+  compare(row)
+
+
+@pytest.mark.slow
+@rows(argvalues=(
+    Row('blocks of the table', T=700, H=64, V=32),
+    Row('packed blocks of the table', T=700, N=2, K=1, H=32, V=64, window=300,
+        segments=True)))
+def test_matches_reference_in_blocks_of_the_table(row, interpreted):
+  compare(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('H', [32, 80, 96, 192, 256])
+def test_matches_reference_at_width(H, interpreted, small_blocks):
+  compare(Row('', T=200, N=2, K=1, H=H, V=H // 2))
+
+
+@pytest.mark.slow
+def test_keys_that_do_not_fit_in_vmem(interpreted, small_blocks, monkeypatch):
+  monkeypatch.setattr(tpu, '_most_keys', lambda k, v: 128)
+  compare(Row('', T=257, K=1, window=150, segments=True, sink=True))
+
+
+def test_bfloat16_error(interpreted, small_blocks):
+  """Within twice what rounding the inputs and outputs alone costs."""
+  row = Row('', T=257, window=100, H=64, V=64, sink=True)
+  (*arrays, q_ids, kv_ids, sink, offset), (dout, dlse) = test_flash.make(row)
+  half = [jnp.asarray(x, jnp.bfloat16) for x in (*arrays, dout)]
+  actual = test_flash.run(
+      row, test_flash.through('tpu'), (*half[:3], q_ids, kv_ids, sink, offset),
+      (half[3], dlse))
+  exact = test_flash.expected(row)
+  full = [np.asarray(x, np.float32) for x in half]
+  rounded = test_flash.run(
+      row, test_flash.reference.attention,
+      (*full[:3], q_ids, kv_ids, sink, offset), (full[3], dlse))
+  for name, a, r, e in zip(test_flash.NAMES, actual, rounded, exact):
+    r = np.asarray(jnp.asarray(r, a.dtype), np.float32)
+    error, allowed = oracle.relative_rms(a, e), oracle.relative_rms(r, e)
+    assert error <= 2 * allowed, f'{name}: {error:.1e} against {allowed:.1e}'
+
+
+@pytest.mark.slow
+def test_same_bits_twice(interpreted, small_blocks):
+  row = FAST_ROWS[0]
+  first, second = (
+      test_flash.run(row, test_flash.through('tpu'), *test_flash.make(row))
+      for _ in range(2))
+  for a, b in zip(first, second):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_huge_scores_stay_finite(interpreted, small_blocks):
+  test_flash.test_huge_scores_stay_finite('tpu')
+
+
+@pytest.mark.slow
+def test_composes_with_transformations(interpreted, small_blocks):
+  test_flash.test_composes_with_transformations('tpu')
+
+
+@pytest.mark.parametrize('T, options, listed', [
+    (1024, {}, 36),
+    (1024, {'causal': False}, 64),
+    (1024, {'window': 128}, 15),
+    (1024, {'window': 129}, 15),
+    (1024, {'window': 130}, 21),
+    (1024, {'q_offset': -512}, 4 + 10),
+], ids=['causal', 'all', 'window128', 'window129', 'window130', 'late'])
+def test_visits_only_what_the_mask_leaves(T, options, listed):
+  options = {'causal': True, 'window': 0, 'q_offset': 0, **options}
+  blocks = tpu_blocks.Blocks(128, 128, 128, 128, 1)
+  visits = tpu_blocks.visits(
+      blocks, T, T, None, None, options.pop('q_offset'), **options)
+  assert visits.steps == visits.words.shape[1] == listed
+
+
+@pytest.mark.parametrize('order', ['sorted', 'interleaved'])
+def test_packed_documents_do_not_visit_each_other(order):
+  blocks = tpu_blocks.Blocks(128, 128, 128, 128, 1)
+  ids = np.repeat(np.arange(4), 256)
+  if order == 'interleaved':
+    ids = np.repeat([0, 1, 0, 1, 2, 2, 3, 3], 128)
+  ids = jnp.asarray(ids, jnp.int32)[None]
+  visits = tpu_blocks.visits(
+      blocks, 1024, 1024, ids, ids, 0, causal=True, window=0)
+  rows, columns, kind, first, last = tpu_blocks.unpack(
+      np.asarray(visits.words)[0, :int(visits.steps)])
+  assert visits.steps == 4 * 3
+  np.testing.assert_array_equal(ids[0, ::128][rows], ids[0, ::128][columns])
+  assert np.sum(kind == tpu_blocks.FULL) == 4
+  assert np.sum(first) == np.sum(last) == 8
+
+
+@pytest.mark.parametrize('shape, dtype, message', [
+    ((1, 64, 1, 16), jnp.float16, 'float16'),
+    ((1, 64, 1, 272), jnp.bfloat16, '272'),
+    ((1, 1 << 19, 1, 64), jnp.bfloat16, 'shard'),
+], ids=['dtype', 'width', 'length'])
+def test_declines(shape, dtype, message):
+  q = jax.ShapeDtypeStruct(shape, dtype)
+  attend = functools.partial(flash_attention, scale=1.0, implementation='tpu')
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(attend, q, q, q)
+
+
+def topology(chip, name):
+  pytest.importorskip('libtpu', reason='needs pip install libtpu')
+  # No chip is opened: another process may hold libtpu's lock.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=name)
+  except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+    pytest.skip(f'libtpu does not describe a {chip}: {error}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: shape.id)
+@pytest.mark.parametrize('chip', CHIPS)
+def test_compiles(chip, shape, monkeypatch):
+  monkeypatch.setattr(tpu_blocks, 'generation', lambda: chip)
+  device = topology(chip, CHIPS[chip]).devices[0]
+  struct = functools.partial(
+      jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+  q = struct((2, shape.T, 4, shape.H), shape.dtype)
+  k = struct((2, shape.S, 2, shape.H), shape.dtype)
+  v = struct((2, shape.S, 2, shape.V), shape.dtype)
+  ids = [struct((2, n), jnp.int32) for n in (shape.T, shape.S)]
+
+  def loss(q, k, v, ids, offset):
+    out, lse = flash_attention(
+        q, k, v, scale=0.1, segment_ids=ids if shape.segments else None,
+        q_offset=offset if shape.traced else 0, implementation='tpu',
+        **shape.options)
+    return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(lse)
+
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
+      q, k, v, ids, struct((), jnp.int32)).compile()
+  assert f'{shape.T},{shape.S}]' not in compiled.as_text()
+
+
+@pytest.mark.slow
+def test_compiles_in_a_step_of_64_chips(monkeypatch):
+  monkeypatch.setattr(tpu_blocks, 'generation', lambda: 'v5p')
+  devices = mesh_utils.create_device_mesh(
+      (8, 8), topology('v5p', 'v5p:4x4x4').devices,
+      allow_split_physical_axes=True)
+  mesh = Mesh(devices, ('data', 'tensor'))
+  spec = P('data', None, 'tensor')
+  attend = jax.shard_map(
+      lambda q, k, v, ids: flash_attention(
+          q, k, v, scale=0.1, segment_ids=ids, implementation='tpu')[0],
+      mesh=mesh, in_specs=(spec, spec, spec, P('data')), out_specs=spec,
+      check_vma=False)
+
+  def step(weights, x, ids):
+    def loss(weights):
+      heads = (8, 2048, 16, 128)
+      q, k, v = (jnp.reshape(x @ w, heads) for w in weights)
+      return jnp.sum(attend(q, k, v, ids).astype(jnp.float32) ** 2)
+    value, gradient = jax.value_and_grad(loss)(weights)
+    return value, jax.tree.map(lambda w, g: w - g, weights, gradient)
+
+  struct = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+  weights = [struct((256, 16 * 128), jnp.bfloat16, None, 'tensor')] * 3
+  compiled = jax.jit(step).lower(
+      weights, struct((8, 2048, 256), jnp.bfloat16, 'data'),
+      struct((8, 2048), jnp.int32, 'data')).compile()
+  assert '2048,2048]' not in compiled.as_text()
