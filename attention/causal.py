@@ -11,9 +11,9 @@ import dataclasses
 
 from flax import nnx
 
+from attention.common import heads
 from attention.common import options as flags
-from attention.common.softmax import Softmax, kv_heads
-from model.layers import Einsum
+from attention.common.softmax import Softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +25,11 @@ class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    D, N, K = config.n_embd, config.n_head, kv_heads(config, options)
-    if D % N:
-      raise ValueError(f'n_head ({N}) must divide n_embd ({D})')
-    H = D // N
-    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
-    self.query = Einsum('BTD,DNH->BTNH', (D, N, H),
-                        axes=('embed', 'heads', None), **dense)
-    self.key = Einsum('BTD,DKH->BTKH', (D, K, H),
-                      axes=('embed', 'kv_heads', None), **dense)
-    self.value = Einsum('BTD,DKV->BTKV', (D, K, H),
-                        axes=('embed', 'kv_heads', None), **dense)
+    H, K = heads.head_width(config), heads.kv_heads(config, options)
+    self.query, self.key, self.value = heads.qkv(
+        config, groups=K, widths=(H, H), rngs=rngs)
     self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=H)
-    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
-    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
-                      axes=('heads', None, 'embed'), **dense)
+    self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     y, state = self.softmax(

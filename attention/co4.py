@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention.common import heads, softmax, triadic
 from attention.common import options as flags
-from attention.common import softmax, triadic
 from attention.common.options import option
 from attention.kernels.arguments import segment_starts
 from model.layers import Einsum, param
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
     triadic.check(options, self.modes)
-    D, N, H = config.n_embd, config.n_head, softmax.head_width(config)
+    D, N, H = config.n_embd, config.n_head, heads.head_width(config)
     self.options, self.dtype = options, config.compute_dtype
     self.shape = options.n_latent, N, H
     self.settings = triadic.Settings(
@@ -69,9 +69,7 @@ class Attention(nnx.Module):
     self.value = Einsum('BTD,DNV->BTNV', (D, N, H),
                         axes=('embed', 'heads', None), **dense)
     self.log_sink = softmax.sink_param(config, options)
-    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
-    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
-                      axes=('heads', None, 'embed'), **dense)
+    self.out = heads.out(config, heads=N, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     stream, before, cache = state or (self._stream(len(x)), None, None)
@@ -91,7 +89,7 @@ class Attention(nnx.Module):
 
   def _run(self, fn, ctx, inputs, *, outputs):
     """A function of `triadic` on the mesh: batch by batch, head by head."""
-    softmax.head_shards(ctx, self.shape[1])
+    heads.head_shards(ctx, self.shape[1])
     axes = (*triadic.INPUTS, *triadic.STREAM)[:2 + len(inputs)]
     return ctx.sharded(
         functools.partial(fn, self.settings), inputs=axes, outputs=outputs,

@@ -14,15 +14,10 @@ import dataclasses
 
 from flax import nnx
 
+from attention.common import heads
 from attention.common import options as flags
 from attention.common.options import option
-from attention.common.softmax import (
-    Softmax,
-    check_groups,
-    head_width,
-    kv_heads,
-)
-from model.layers import Einsum
+from attention.common.softmax import Softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    D, N, K = config.n_embd, config.n_head, kv_heads(config, options)
+    N, K = config.n_head, heads.kv_heads(config, options)
     H, V = (_width(flag, width, config) for flag, width in (
         ('n_qk_head_dim', options.n_qk_head_dim),
         ('n_v_head_dim', options.n_v_head_dim)))
@@ -50,19 +45,12 @@ class Attention(nnx.Module):
       raise ValueError(f'n_cproj ({options.n_cproj}) sums heads, '
                        'use_concat_heads does not: drop one of them')
     groups = 1 if options.n_cproj is None else options.n_cproj
-    check_groups('n_cproj', groups, N)
+    heads.check_groups('n_cproj', groups, N)
     self.groups = N if options.use_concat_heads else groups
-    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
-    self.query = Einsum('BTD,DNH->BTNH', (D, N, H),
-                        axes=('embed', 'heads', None), **dense)
-    self.key = Einsum('BTD,DKH->BTKH', (D, K, H),
-                      axes=('embed', 'kv_heads', None), **dense)
-    self.value = Einsum('BTD,DKV->BTKV', (D, K, V),
-                        axes=('embed', 'kv_heads', None), **dense)
+    self.query, self.key, self.value = heads.qkv(
+        config, groups=K, widths=(H, V), rngs=rngs)
     self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=V)
-    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
-    self.out = Einsum('BTNV,NVD->BTD', (self.groups, V, D),
-                      axes=('heads', None, 'embed'), **dense)
+    self.out = heads.out(config, heads=self.groups, width=V, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     y, state = self.softmax(
@@ -86,7 +74,7 @@ def _width(flag, width, config):
     if config.n_embd % config.n_head:
       raise ValueError(f'n_head ({config.n_head}) does not divide n_embd '
                        f'({config.n_embd}): set {flag}')
-    return head_width(config)
+    return heads.head_width(config)
   if width < 1:
     raise ValueError(f'{flag} ({width}) must be at least 1')
   return width

@@ -21,10 +21,10 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 
+from attention.common import heads
 from attention.common import options as flags
-from attention.common.softmax import head_shards, head_width, kv_heads
 from attention.kernels.chunked import chunked_linear_attention
-from model.layers import Einsum, param, rms_normalize, rotary
+from model.layers import param, rms_normalize, rotary
 
 EPS = 1e-6
 
@@ -43,21 +43,13 @@ def feature_map(x):
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    D, N, H = config.n_embd, config.n_head, head_width(config)
-    K = kv_heads(config, options)
+    H, K = heads.head_width(config), heads.kv_heads(config, options)
     self.options = options
     self.shape = (K, H, H)
-    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
-    self.query = Einsum('BTD,DNH->BTNH', (D, N, H),
-                        axes=('embed', 'heads', None), **dense)
-    self.key = Einsum('BTD,DKH->BTKH', (D, K, H),
-                      axes=('embed', 'kv_heads', None), **dense)
-    self.value = Einsum('BTD,DKV->BTKV', (D, K, H),
-                        axes=('embed', 'kv_heads', None), **dense)
+    self.query, self.key, self.value = heads.qkv(
+        config, groups=K, widths=(H, H), rngs=rngs)
     self.g = param(H ** -0.5, decay=False)
-    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
-    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
-                      axes=('heads', None, 'embed'), **dense)
+    self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     q, k = self._features(self.query(x), ctx), self._features(self.key(x), ctx)
@@ -84,7 +76,7 @@ class Attention(nnx.Module):
     Where the shards do not divide the K heads, heads are repeated until they
     do: every shard then holds those that its queries need.
     """
-    K, shards = k.shape[2], head_shards(ctx, q.shape[2])
+    K, shards = k.shape[2], heads.head_shards(ctx, q.shape[2])
     S, z, last = (None,) * 3 if state is None else (
         state['S'], state['z'], state['segment_id'])
     copies = math.lcm(K, shards) // K

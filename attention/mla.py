@@ -20,11 +20,11 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from attention.common import heads
 from attention.common import options as flags
 from attention.common.options import option
 from attention.common.softmax import (
     attend,
-    head_width,
     init_cache,
     recall,
     softcap_of,
@@ -50,7 +50,7 @@ class Options(flags.RopeBase, flags.Softcap, flags.Window, flags.Flash):
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    D, N, H = config.n_embd, config.n_head, head_width(config)
+    D, N, H = config.n_embd, config.n_head, heads.head_width(config)
     R, turned = options.mla_latent_dim, options.mla_rotary_dim
     R = D // 4 if R is None else R
     if R < 1:
@@ -81,9 +81,7 @@ class Attention(nnx.Module):
     self.log_sink = param(
         jnp.full(N, options.mla_lobo_init), 'heads', decay=False
     ) if options.use_mla_lobo else None
-    dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
-    self.out = Einsum('BTNV,NVD->BTD', (N, H, D),
-                      axes=('heads', None, 'embed'), **dense)
+    self.out = heads.out(config, heads=N, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     turn = lambda x: rotary(x, ctx.positions, base=self.options.rope_base)

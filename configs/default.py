@@ -52,7 +52,8 @@ class Model:
   use_abs_pos_embeddings: bool = option(True, 'learned position embeddings')
   tie_embeddings: bool = option(True, 'the head is the token embedding')
   init_std: float = option(
-      0.02, 'standard deviation of initial weights', runtime=True)
+      0.05, 'standard deviation of initial weights; GPT-2 has 0.02',
+      runtime=True)
   compute_dtype: str = option(
       'float32', 'float32 or bfloat16; parameters, norms, softmax and loss '
       'are float32', runtime=True)

@@ -15,6 +15,7 @@ def get_config():
       dataset='data/openwebtext',  # A folder with train.bin and val.bin.
       n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304,
       bias=False, dropout=0.0, norm_variant='layernorm',
+      init_std=0.02,
       compute_dtype='bfloat16', scan_unroll=1, remat='dots',
       batch_size=480, gradient_accumulation_steps=5,
       max_iters=600000, lr_decay_iters=600000, warmup_iters=2000,

@@ -14,7 +14,7 @@ def get_config():
   config.update(
       dataset='shakespeare_char', tokenizer='char',
       n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
-      norm_variant='layernorm',
+      norm_variant='layernorm', init_std=0.02,
       batch_size=64, max_iters=5000, lr_decay_iters=5000,
       learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
       beta2=0.99, weight_decay=0.1, grad_clip=1.0,

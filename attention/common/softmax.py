@@ -6,41 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention.common.heads import head_shards
 from attention.kernels.flash import flash_attention
-from model.layers import mesh_size, param, rms_normalize, rotary
-
-
-def head_width(config):
-  """H, the width of heads that share n_embd."""
-  if config.n_embd % config.n_head:
-    raise ValueError(f'n_head ({config.n_head}) must divide n_embd '
-                     f'({config.n_embd})')
-  return config.n_embd // config.n_head
-
-
-def check_groups(flag, groups, n_head):
-  """Raises unless the heads fall into so many groups of one size."""
-  if groups < 1 or n_head % groups:
-    divisors = [str(d) for d in range(1, n_head + 1) if n_head % d == 0]
-    raise ValueError(f'{flag} ({groups}) must divide n_head ({n_head}): use '
-                     + ' or '.join(filter(None, (
-                         ', '.join(divisors[:-1]), divisors[-1]))))
-
-
-def kv_heads(config, options):
-  """K, checked against n_head."""
-  groups = (config.n_head if options.n_kv_group is None
-            else options.n_kv_group)
-  check_groups('n_kv_group', groups, config.n_head)
-  return groups
-
-
-def head_shards(ctx, n_head):
-  """The shards over which the mesh lays n_head heads."""
-  shards = mesh_size(ctx.mesh, 'heads')
-  if n_head % shards:
-    raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({n_head})')
-  return shards
+from model.layers import param, rms_normalize, rotary
 
 
 def attend(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None, **kwargs):
