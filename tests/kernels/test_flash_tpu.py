@@ -87,8 +87,8 @@ def small_blocks(monkeypatch):
       lambda *_, **__: tpu_blocks.Blocks(128, 128, 128, 128, 2))
 
 
-def compare(row):
-  test_flash.compare(row, 'tpu')
+def compare(row, **kwargs):
+  test_flash.compare(row, 'tpu', **kwargs)
 
 
 @rows(argvalues=FAST_ROWS)
@@ -114,7 +114,9 @@ def test_matches_reference_in_blocks_of_the_table(row, interpreted):
 @pytest.mark.slow
 @pytest.mark.parametrize('H', [32, 80, 96, 192, 256])
 def test_matches_reference_at_width(H, interpreted, small_blocks):
-  compare(Row('', T=200, N=2, K=1, H=H, V=H // 2))
+  # Scores are sums of H float32 products: at 256 their rounding shows in dq.
+  compare(Row('', T=200, N=2, K=1, H=H, V=H // 2),
+          tolerance=3e-6 if H == 256 else 2e-6)
 
 
 @pytest.mark.slow
@@ -158,8 +160,9 @@ def test_huge_scores_stay_finite(interpreted, small_blocks):
 
 
 @pytest.mark.slow
-def test_composes_with_transformations(interpreted, small_blocks):
-  test_flash.test_composes_with_transformations('tpu')
+def test_composes_with_scan(interpreted, small_blocks, monkeypatch):
+  """The interpreter's callbacks allow neither checkpoint nor vmap."""
+  test_flash.test_composes_with('scan', 'tpu', monkeypatch)
 
 
 @pytest.mark.parametrize('T, options, listed', [
