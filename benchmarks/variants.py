@@ -20,7 +20,7 @@ import numpy as np
 import attention
 from configs import default
 from model import sample
-from train_lib import data, inference, metrics, trainer
+from train_lib import data, evaluate, inference, metrics, trainer
 
 LENGTHS = (1024, 65536)
 DECODED = 256
@@ -76,9 +76,11 @@ def main():
   flags = parser.parse_args()
   metrics.keep_memory()
   rows = [row(kinds, flags.max_iters) for kinds in flags.variants]
-  entropy = data.bigram_entropy(data.load('pydoc').train)
+  dataset = data.load('pydoc')
+  entropy = data.bigram_entropy(dataset.train)
   print(f'\njax {jax.__version__}, {jax.devices()[0].device_kind}; bigram '
-        f'entropy {entropy:.3f} nats\n')
+        f'entropy {entropy:.3f}, a table of pairs gives '
+        f'{evaluate.bigram_loss(dataset):.3f}\n')
   head = ['variant', 'parameters', 'validation loss', 'ms/step',
           'decoded tokens/s', *(f'state bytes, T = {n:,}' for n in LENGTHS)]
   for cells in (head, ['---'] + ['--:'] * (len(head) - 1), *rows):

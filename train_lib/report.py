@@ -74,8 +74,8 @@ def finish(run, state, log):
     if 'bits_per_byte' in final:
       rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte'))
   bigram = data.bigram_entropy(run.dataset.train)
-  rows.append(('bigram entropy', f'{bigram:.4f} nats a token: what counting '
-               'pairs of tokens could reach'))
+  rows.append(('bigram', f'{evaluate.bigram_loss(run.dataset):.4f}, of a table '
+               f'of pairs; the entropy of the corpus is {bigram:.4f}'))
   losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
   if losses:
     rows.append(('best evaluation', f'{min(losses):.4f}'))

@@ -1,0 +1,33 @@
+"""The yardstick that every run prints."""
+
+import types
+
+import numpy as np
+import pytest
+
+from train_lib import evaluate
+
+
+def dataset(train, val, vocab_size):
+  return types.SimpleNamespace(
+      train=np.array(train, np.uint8), val=np.array(val, np.uint8),
+      vocab_size=vocab_size)
+
+
+def test_a_table_of_pairs():
+  # After 0 comes 1 three times and 2 once.
+  train = [0, 1, 0, 1, 0, 2, 0, 1]
+  small = dataset(train, [0, 1], 3)
+  assert evaluate.bigram_loss(small, prior=1e-9) == pytest.approx(
+      -np.log(3 / 4))
+  assert evaluate.bigram_loss(small, prior=1.0) == pytest.approx(
+      -np.log((3 + 1) / (4 + 3)))
+  unseen = dataset(train, [2, 2], 3)
+  assert evaluate.bigram_loss(unseen, prior=0.5) == pytest.approx(
+      -np.log(0.5 / (1 + 1.5)))
+
+
+def test_noise_cannot_be_learnt():
+  rng = np.random.default_rng(0)
+  noise = dataset(rng.integers(0, 8, 10**5), rng.integers(0, 8, 10**4), 8)
+  assert evaluate.bigram_loss(noise) == pytest.approx(np.log(8), abs=0.01)
