@@ -119,11 +119,6 @@ class Context:
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
-  def sees_previous(self, ids):
-    """bool [B,T]: whether t has the segment of t - 1, whose id 0 is `ids`."""
-    before = jnp.concatenate([ids[:, None], self.segment_ids[:, :-1]], 1)
-    return before == self.segment_ids
-
 
 def param(value, *axes, decay=None, n_inputs=0):
   """A float32 parameter, with what the trainer has to know about it.

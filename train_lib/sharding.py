@@ -56,20 +56,12 @@ def state_shardings(state, skeleton, mesh):
 
 def replicated(skeleton, mesh):
   """The parameters that the rules would split but the mesh does not divide."""
-  names = []
-  for name, variable in skeleton.variables.items():
-    wanted = [axis for axis in variable.axes if mesh_size(mesh, axis) > 1]
-    got = spec(variable.axes, skeleton.shapes[name].shape, mesh)
-    if len(wanted) > sum(axis is not None and mesh_size_of(mesh, axis) > 1
-                         for axis in got):
-      names.append(name)
-  return names
-
-
-def mesh_size_of(mesh, names):
-  """Devices along one entry of a PartitionSpec."""
-  names = (names,) if isinstance(names, str) else names
-  return int(np.prod([mesh.shape[n] for n in names]))
+  def whole(name, axes):
+    shape = skeleton.shapes[name].shape
+    parts = tuple(spec(axes, shape, mesh))[len(shape) - len(axes):]
+    return any(mesh_size(mesh, axis) > 1 and part is None
+               for axis, part in zip(axes, parts))
+  return [n for n, v in skeleton.variables.items() if whole(n, v.axes)]
 
 
 def global_batch(make, shape_of_rows, mesh):

@@ -125,13 +125,6 @@ def test_segment_positions_start_anew_in_every_document():
       [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3]])
 
 
-def test_sees_previous():
-  ctx = context(3, segment_ids=jnp.array([[1, 1, 2], [1, 2, 2]]))
-  np.testing.assert_array_equal(
-      ctx.sees_previous(jnp.array([1, 0])),
-      [[True, True, False], [False, False, True]])
-
-
 @pytest.mark.parametrize('rate', [0.1, 0.5])
 def test_dropout_drops_its_rate_and_keeps_the_mean(rate):
   ctx, x = context(1, dropout_key=jax.random.key(0)), jnp.ones((200, 200))
