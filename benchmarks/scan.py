@@ -46,9 +46,10 @@ def torch_loop(x, dt, A, B, C, D):
   decay = torch.exp(torch.einsum('bte,em->btem', delta, A))
   inputs = torch.einsum('bte,btm->btem', delta * x, B)
   h, y = torch.zeros_like(decay[:, 0]), []
-  for t in range(x.shape[1]):
-    h = decay[:, t] * h + inputs[:, t]
-    y.append(torch.einsum('bem,bm->be', h, C[:, t]))
+  # Unbound at once: the gradient of an index is an array of zeros each step.
+  for decay_t, inputs_t, C_t in zip(*(a.unbind(1) for a in (decay, inputs, C))):
+    h = decay_t * h + inputs_t
+    y.append(torch.einsum('bem,bm->be', h, C_t))
   return torch.stack(y, dim=1) + D * x
 
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from attention.kernels import chunked
 
-CHUNK = 64
+# On a CPU 64 steps take a fifth longer, forward and backward, at H = V = 64 and
+# at 128, since the pairs of a chunk cost more than its state.
+CHUNK = 32
 
 
 def check(operands, starts, *, normalize):
@@ -139,7 +141,7 @@ def _split(array, *, features):
   if array is None:
     return None
   time = array.shape[1]
-  # As even as they can be: 100 steps are two chunks of 50, not 64 and 36.
+  # As even as they can be: 100 steps are four chunks of 25, not 3 of 32 and 4.
   number = -(-time // CHUNK)
   steps = -(-time // number)
   fill = [(0, 0)] * array.ndim
