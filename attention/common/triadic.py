@@ -83,7 +83,7 @@ def empty_stream(batch, shape, *, loops, pooled):
   means = jnp.zeros((batch, loops, N, H)), jnp.zeros(batch, jnp.int32)
   if not pooled:
     return means
-  return *means, *running.select().empty_softmax(batch, N, L, H)
+  return *means, *running.empty_softmax(batch, N, L, H)
 
 
 def _refine(settings, latent, k, v, mean):
@@ -103,13 +103,14 @@ def _refine(settings, latent, k, v, mean):
   return q, k, v
 
 
-def _refine_chunk(settings, stats, latent, k, v, means, seen):
-  """`_refine` with running means, and their state after the chunk."""
+def _refine_stream(settings, latent, k, v, means, starts, implementation):
+  """`_refine` with running means, and their state after the last step."""
   sums, count = means
   after = []
 
   def mean(i, x):
-    y, (total, counted) = stats.running_mean(x, (sums[:, i], count), seen)
+    y, (total, counted) = running.running_mean(
+        x, (sums[:, i], count), starts, implementation=implementation)
     after.append((total, counted))
     return y
   qkv = _refine(settings, latent, k, v, mean)
@@ -127,29 +128,30 @@ def _scores(settings, q, k):
 
 def streaming(settings, latent, sink, k, v, starts, *stream):
   """The averages float32 [B,T,N,H] of tokens scored on arrival; the stream."""
-  stats = running.select(settings.implementation)
+  implementation = settings.implementation
 
-  def step(inputs, stream, seen):
+  def step(inputs, stream, starts):
     *means, top, total, acc = stream
-    (q, k, v), means = _refine_chunk(
-        settings, stats, latent, *inputs, means, seen)
-    y, softmax = stats.running_softmax(
-        _scores(settings, q, k), v, (top, total, acc), seen, sink=sink)
+    (q, k, v), means = _refine_stream(
+        settings, latent, *inputs, means, starts, implementation)
+    y, softmax = running.running_softmax(
+        _scores(settings, q, k), v, (top, total, acc), starts, sink=sink,
+        implementation=implementation)
     return y, (*means, *softmax)
-  return stats.in_chunks(step, (k, v), stream, starts)
+  return running.in_chunks(step, (k, v), stream, starts)
 
 
 def exact(settings, latent, sink, k, v, starts, *means):
   """What is to attend, (q [B,T,N,L,H], k, v) in k's dtype; the means."""
   del sink  # For the attention that follows.
-  stats, dtype = running.select(), k.dtype
+  dtype = k.dtype
 
-  def step(inputs, means, seen):
-    (q, k, v), means = _refine_chunk(
-        settings, stats, latent, *inputs, means, seen)
+  def step(inputs, means, starts):
+    (q, k, v), means = _refine_stream(
+        settings, latent, *inputs, means, starts, 'auto')
     return tuple(
         x.astype(dtype) for x in (jnp.swapaxes(q, 2, 3), k, v)), means
-  return stats.in_chunks(step, (k, v), means, starts)
+  return running.in_chunks(step, (k, v), means, starts)
 
 
 def bidirectional(settings, latent, sink, k, v, starts):
@@ -157,7 +159,6 @@ def bidirectional(settings, latent, sink, k, v, starts):
 
   Such a sum is the running one at the segment's last token.
   """
-  stats = running.select(settings.implementation)
   B, T, N, H = k.shape
   end = jnp.full((1, T), T - 1)
   if starts is not None:
@@ -165,14 +166,14 @@ def bidirectional(settings, latent, sink, k, v, starts):
     end = jax.lax.cummin(
         jnp.where(last, jnp.arange(T), T), axis=1, reverse=True)
 
-  def whole(statistic, inputs, state):
-    prefixes, _ = stats.in_chunks(statistic, inputs, state, starts)
+  def whole(statistic, *inputs, **kwargs):
+    prefixes, _ = statistic(
+        *inputs, starts, implementation=settings.implementation, **kwargs)
     return jnp.take_along_axis(prefixes, end[..., None, None], 1)
 
   empty = (jnp.zeros((B, N, H)), jnp.zeros(B, jnp.int32))
   q, k, v = _refine(settings, latent, k, v,
-                    lambda i, x: whole(stats.running_mean, x, empty))
-  average = lambda inputs, state, seen: stats.running_softmax(
-      *inputs, state, seen, sink=sink)
-  return whole(average, (_scores(settings, q, k), v),
-               stats.empty_softmax(B, N, latent.shape[0], H))
+                    lambda i, x: whole(running.running_mean, x, empty))
+  return whole(
+      running.running_softmax, _scores(settings, q, k), v,
+      running.empty_softmax(B, N, latent.shape[0], H), sink=sink)

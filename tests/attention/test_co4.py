@@ -205,14 +205,13 @@ def prefixes(scores, v, sink):
 
 @pytest.mark.parametrize('T', [1, 63, 100])
 def test_running_statistics(T):
-  stats = running.select()
   scores, v, starts = example(T)
   sink = jnp.array([-1.0, 0.5])
-  pool = jax.jit(lambda *inputs: stats.in_chunks(
-      lambda x, state, seen: stats.running_softmax(*x, state, seen, sink=sink),
-      inputs[:2], stats.empty_softmax(2, 2, 3, 4), inputs[2], chunk=32)[0])
-  mean = jax.jit(lambda x, starts: stats.in_chunks(
-      stats.running_mean, x, (jnp.zeros((2, 2, 4)), jnp.zeros(2, jnp.int32)),
+  pool = jax.jit(lambda *inputs: running.in_chunks(
+      lambda x, *rest: running.running_softmax(*x, *rest, sink=sink),
+      inputs[:2], running.empty_softmax(2, 2, 3, 4), inputs[2], chunk=32)[0])
+  mean = jax.jit(lambda x, starts: running.in_chunks(
+      running.running_mean, x, (jnp.zeros((2, 2, 4)), jnp.zeros(2, jnp.int32)),
       starts, chunk=32)[0])
   averages, means = pool(scores, v, starts), mean(v, starts)
   for b in range(2):
@@ -228,15 +227,14 @@ def test_running_statistics(T):
 
 def test_scores_of_any_size():
   """Rising and falling by thousands, nothing overflows or is lost."""
-  stats = running.select()
   scores, v, _ = example(100)
   scores = scores + 1e3 * jnp.sin(jnp.arange(100))[:, None, None]
 
   @jax.jit
   def run(scores, v):
-    return stats.in_chunks(
-        lambda x, state, seen: stats.running_softmax(*x, state, seen),
-        (scores, v), stats.empty_softmax(2, 2, 3, 4), chunk=32)[0]
+    return running.in_chunks(
+        lambda x, *rest: running.running_softmax(*x, *rest),
+        (scores, v), running.empty_softmax(2, 2, 3, 4), chunk=32)[0]
   got = run(scores, v)
   for t in (0, 50, 99):
     p = jax.nn.softmax(scores[:, :t + 1], 1)
@@ -246,13 +244,12 @@ def test_scores_of_any_size():
 
 
 def test_gradients_of_chunks_are_those_of_one():
-  stats = running.select()
   scores, v, starts = example(63)
 
   def loss(scores, v, chunk):
-    y, _ = stats.in_chunks(
-        lambda x, state, seen: stats.running_softmax(*x, state, seen),
-        (scores, v), stats.empty_softmax(2, 2, 3, 4), starts, chunk=chunk)
+    y, _ = running.in_chunks(
+        lambda x, *rest: running.running_softmax(*x, *rest),
+        (scores, v), running.empty_softmax(2, 2, 3, 4), starts, chunk=chunk)
     return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum()
   grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
   for got, want in zip(grad(scores, v, 16), grad(scores, v, 63)):
