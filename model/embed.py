@@ -21,11 +21,13 @@ class Embed(nnx.Module):
     self.head = None if config.tie_embeddings else param(
         normal(vocab_size, D), 'vocab', 'embed')
 
-  def __call__(self, tokens, positions):
-    """int32 [B,T] twice -> [B,T,D] in the compute dtype."""
-    x = self.tokens[...][tokens]
+  def __call__(self, tokens, ctx):
+    """int32 [B,T] -> [B,T,D] in the compute dtype, at the positions of ctx."""
+    # Rows are whole where they are looked up: of a table split along D, XLA
+    # would make all vectors on every device and then throw most away.
+    x = ctx.constrain(self.tokens[...], 'vocab', None)[tokens]
     if self.positions is not None:
-      x += self.positions[...][positions]
+      x += ctx.constrain(self.positions[...], None, None)[ctx.positions]
     return x.astype(self.dtype)
 
   def logits(self, x):

@@ -91,7 +91,7 @@ class Transformer(nnx.Module):
           jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
           if segment_ids is None else segment_positions(segment_ids))
     ctx = Context(positions, segment_ids, dropout_key, mesh)
-    x = ctx.dropout(self.embed(tokens, positions), self.rate, salt=0)
+    x = ctx.dropout(self.embed(tokens, ctx), self.rate, salt=0)
     x = ctx.constrain(x, 'batch', None, None)
     period_states, tail_states = (None, None) if state is None else state
 

@@ -183,7 +183,7 @@ def test_layers_come_in_the_order_of_the_list():
 
   def unrolled(model, tokens):
     ctx = Context(jnp.broadcast_to(jnp.arange(T), tokens.shape))
-    x = model.embed(tokens, ctx.positions)
+    x = model.embed(tokens, ctx)
     blocks = [jax.tree.map(lambda w, i=i: w[i], block)
               for i in range(model.repeats) for block in model.periods]
     for block in blocks:

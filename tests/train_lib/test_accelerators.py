@@ -1,0 +1,79 @@
+"""The real training step, compiled for pods and GPUs that are not there.
+
+The mesh is made of devices that are only described, and 'auto' prefers what it
+would prefer on them; everything else is what main.py runs.
+"""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attention.kernels import dispatch
+from tests.kernels.test_flash_gpu import PLUGINS, h100s
+from tests.kernels.test_flash_tpu import topology
+from train_lib import report, session, sharding, trainer
+
+# Which kernels each list of layers must run.
+LAYERS = {
+    ('causal', 'mla'): {'flash'},
+    ('ssm',): {'scan'},
+    ('linear',): {'chunked'},
+    ('co4',): {'chunked'},
+}
+
+
+@pytest.fixture
+def compile_step(config, tmp_path, monkeypatch):
+  """A function (kinds, devices [data,fsdp,tensor], platform) -> compiled."""
+
+  def compile_step(kinds, devices, platform):
+    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    monkeypatch.setattr(sharding, 'make_mesh', lambda config: mesh)
+    monkeypatch.setitem(
+        dispatch.PREFERENCE, 'cpu', dispatch.PREFERENCE[platform])
+    dispatch.CHOICES.clear()
+    config.update(
+        attention_list=kinds, n_layer=2 * len(kinds), n_embd=512, n_head=8,
+        block_size=1536, batch_size=devices.size, compute_dtype='bfloat16',
+        dropout=0.0)
+    run = session.open_session(config, tmp_path / 'run')
+    batch = {'tokens': jax.ShapeDtypeStruct(
+        (config.batch_size, config.block_size + 1), np.int32,
+        sharding=NamedSharding(mesh, P(('data', 'fsdp'))))}
+    return trainer.make_step(run).lower(run.template, batch).compile()
+
+  return compile_step
+
+
+def assert_runs(kinds, kernel, compiled):
+  chosen = {op.rsplit('.', 1)[-1]: dict(names)
+            for op, names in dispatch.CHOICES.items()}
+  assert chosen == {op: {kernel: ''} for op in LAYERS[kinds]}
+  assert kernel in report.kernels()
+  assert '1536,1536]' not in compiled.as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kinds', LAYERS, ids='-'.join)
+def test_step_of_64_chips(kinds, compile_step):
+  from jax.experimental import mesh_utils
+  devices = mesh_utils.create_device_mesh(
+      (2, 8, 4), topology('v5p', 'v5p:4x4x4').devices,
+      allow_split_physical_axes=True)
+  assert_runs(kinds, 'tpu', compile_step(kinds, devices, 'tpu'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'kinds', [kinds for kinds in LAYERS if kinds != ('co4',)], ids='-'.join)
+def test_step_of_eight_gpus(kinds, compile_step, monkeypatch):
+  """Without co4, whose float32 statistics the tensor cores would round."""
+  if not any(map(importlib.util.find_spec, PLUGINS)):
+    pytest.skip('the CUDA plugin of jax is not installed')
+  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+  devices = np.array(h100s('1x1x8')).reshape(2, 2, 2)
+  assert_runs(kinds, 'gpu', compile_step(kinds, devices, 'gpu'))
