@@ -239,6 +239,29 @@ def test_conv_matches_its_definition(time):
   assert oracle.relative_rms(y, conv_loop(**arguments)) <= TOLERANCE
 
 
+def conv_of_all_pairs(x, w, bias, state, segment_ids, segment_id0):
+  """The definition as a sum over all pairs of tokens, for its gradient."""
+  past, padded = len(w) - 1, jnp.concatenate([state, x], axis=1)
+  ids = jnp.concatenate([segment_id0[:, None], segment_ids], axis=1)
+  document = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1)
+  document = jnp.pad(document, ((0, 0), (past, 0)))
+  t, s = jnp.arange(x.shape[1])[:, None], jnp.arange(padded.shape[1])
+  near = (s >= t) & (s <= t + past)
+  same = document[:, past:, None] == document[:, None]
+  taps = jnp.where(near & same, 1.0, 0.0)[..., None] * w[
+      jnp.clip(s - t, 0, past)]
+  return bias + jnp.einsum('BTSE,BSE->BTE', taps, padded, precision='highest')
+
+
+@pytest.mark.parametrize('time, width', [(1, 4), (2, 4), (20, 4), (20, 1)])
+def test_conv_gradients_are_those_of_its_definition(time, width):
+  arguments = conv_example(time, width)
+  ids = {name: arguments.pop(name) for name in IDS}
+  loss = lambda f: jax.jit(jax.grad(lambda arrays: dot(f(**arrays, **ids))))
+  got = loss(lambda **a: causal_conv1d(**a)[0])(arguments)
+  assert_agree(got, loss(conv_of_all_pairs)(arguments))
+
+
 def test_conv_handed_on_has_the_bits_of_the_whole():
   arguments = conv_example(20)
   whole, end = conv(**arguments)
