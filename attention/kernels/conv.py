@@ -76,7 +76,7 @@ def _taps(state, x, w, bias, document):
 
 
 def _visible(array, document, *, of, to, steps):
-  """array[:, of:][:, :steps] in float32, zero where document[:, to:] differs."""
+  """float32 array[:, of:][:, :steps], zero where document[:, to:] differs."""
   part = lambda x, start: x[:, start:start + steps]
   tap = part(array, of).astype(jnp.float32)
   if document is None or of == to:
