@@ -9,10 +9,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels import scan
 from attention.kernels.scan import tpu_kernels
-from attention.kernels.scan.tpu_kernels import LANES, LOG2E, STEPS, SUBLANES
+from attention.kernels.scan.tpu_kernels import LANES, LOG2E, SUBLANES
 
 # Channels times states of a program. 8192 are eight vectors of state.
 _STATES = 8192
+
+# Channels times states, of which the backward kernel keeps two float32 arrays.
+_MOST_STATES = 1 << 19
 
 
 def check(operands, starts, *, dt_softplus):
@@ -24,9 +27,14 @@ def check(operands, starts, *, dt_softplus):
       raise NotImplementedError(
           f'{name} of dtype {array.dtype}: the TPU kernels take bfloat16 and '
           'float32')
-  if operands.A.shape[1] > 64:
+  E, M = operands.A.shape
+  if M > 64:
     raise NotImplementedError(
-        f'M ({operands.A.shape[1]}): the TPU kernels take up to 64 states')
+        f'M ({M}): the TPU kernels take up to 64 states')
+  if E * M > _MOST_STATES:
+    raise NotImplementedError(
+        f'E ({E}) x M ({M}): the TPU kernels keep up to {_MOST_STATES} states '
+        'in VMEM: shard the channels')
 
 
 def forward(operands, starts, *, dt_softplus):
@@ -97,7 +105,8 @@ class _Launch:
     lanes = min(_STATES // M // LANES * LANES, _round_up(E, LANES))
     # Few channels: two rows of the batch at a time.
     rows = 2 if self.B % 2 == 0 and 2 * lanes * M <= _STATES else 1
-    chunk = min(LANES if rows * M <= 32 else LANES // 2, _round_up(T, STEPS))
+    chunk = min(LANES if M < 64 and rows == 1 else LANES // 2,
+                _round_up(T, tpu_kernels.STEPS))
     self.spec = tpu_kernels.Spec(rows, chunk, lanes, T, E, M, dt_softplus)
     self.reverse = reverse
     blocks, chunks = pl.cdiv(E, lanes), pl.cdiv(T, chunk)
@@ -106,7 +115,8 @@ class _Launch:
     self.grid = self.B // rows, parts, chunks, blocks // parts
     self.T, self.E = chunks * chunk, blocks * lanes
     self.tiles = rows, chunk // SUBLANES, SUBLANES, lanes
-    self.parts = len(self.spec.streams) * STEPS * SUBLANES, LANES
+    self.parts = (
+        len(self.spec.streams) * tpu_kernels.STEPS * SUBLANES, LANES)
     # B and C as rows of 128 numbers, eight at a time.
     self.eights = pl.cdiv(chunk * M, SUBLANES * LANES)
     each = rows, self.eights * SUBLANES * LANES // M, M, LANES
