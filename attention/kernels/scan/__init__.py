@@ -25,6 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from attention.kernels import arguments, dispatch
 
+IMPLEMENTATIONS = ('xla', 'gpu')
+
 
 class Operands(NamedTuple):
   """The differentiable arguments of `selective_scan`, as it names them."""
@@ -72,7 +74,7 @@ def selective_scan(
       changes. None: one document.
     segment_id0: id of the document that h0 belongs to. None: that of the
       first step, so that h0 always counts.
-    implementation: 'auto' or 'xla'.
+    implementation: 'auto' or one of IMPLEMENTATIONS.
 
   Returns:
     y in x's dtype and the state after the last step in float32, in which the
@@ -102,7 +104,7 @@ def selective_scan(
   starts = arguments.segment_starts(segment_ids, segment_id0)
   operands = Operands(x, dt, A, B, C, D, z, dt_bias, h0)
   module = dispatch.select(
-      __name__, implementation, ('xla',),
+      __name__, implementation, IMPLEMENTATIONS,
       operands, starts, dt_softplus=dt_softplus)
   return _scan(module, dt_softplus, operands, starts)
 
