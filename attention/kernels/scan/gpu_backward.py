@@ -285,10 +285,11 @@ def _sum_channels(plan, smem, kind, t, k, product, *, last):
   if place != last % together:
     return
   plgpu.commit_smem()
-  rows = [lanes.load(smem.products.at[pl.ds(i, 4), pl.ds(0, _COLUMNS)],
-                     _QUARTERS) for i in range(0, lanes.LANES, 4)]
+  rows = lanes.load(smem.products.at[:, pl.ds(0, _COLUMNS)], _QUARTERS)
+  # Eight short chains of additions that overlap, then one.
+  rows = jnp.sum(rows.reshape(4, 8, 4, _COLUMNS), axis=0)
   columns = pl.ds((t - place) * plan.W, _COLUMNS)
-  smem.quarters[kind, :, columns] = sum(rows[1:], rows[0])
+  smem.quarters[kind, :, columns] = jnp.sum(rows, axis=0)
   plgpu.commit_smem()
 
 
