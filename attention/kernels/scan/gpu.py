@@ -145,7 +145,7 @@ def _kernel(plan, *refs, **scratch):
 
 
 def _step(plan, h, decay, d, u, common):
-  """The tiles of h after a step and its output, before the skip and the gate."""
+  """The tiles of h after a step, and its output before skip and gate."""
   start = lanes.starts(plan, common)
   new, total = [], None
   for s, (h_s, A) in enumerate(zip(h, decay)):
@@ -173,9 +173,9 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   dx, ddt, *dz = (array[..., :E] for array in series)
   dbias, dD = drows.sum((0, 1))[:, :E]
   # [B, 2, S, T W] to [2, B, T, S W]
-  dcommon = dcommon.sum(1).reshape(-1, 2, plan.S, plan.chunks * lanes.CHUNK, plan.W)
+  dcommon = dcommon.sum(1).reshape(-1, 2, plan.S, plan.steps, plan.W)
   dB, dC = dcommon.transpose(1, 0, 3, 2, 4).reshape(
-      2, -1, plan.chunks * lanes.CHUNK, plan.S * plan.W)[:, :, :T, :M]
+      2, -1, plan.steps, plan.S * plan.W)[:, :, :T, :M]
   return scan.Operands(
       dx, ddt, lanes.join_states(dA.sum((0, 1)), E, M), dB, dC, dD,
       dz[0] if dz else None, None if operands.dt_bias is None else dbias,

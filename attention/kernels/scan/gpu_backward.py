@@ -96,7 +96,7 @@ def gradients(plan, inputs, states, dy, dhT):
       [*series, *inputs[1:], states, dhT],
       [*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs.series),
        f32(plan.pieces, S, E, W), f32(plan.pieces, 2, E), f32(S, E, W),
-       f32(pl.cdiv(E, lanes.LANES), 2, S, plan.chunks * lanes.CHUNK * W)],
+       f32(pl.cdiv(E, lanes.LANES), 2, S, plan.steps * W)],
       scratch, name='backward')
 
 

@@ -19,7 +19,7 @@ _UNROLL = 4
 
 
 def states(plan, inputs, A):
-  """Ends and logarithms of decays [B, P, E, M], as pieces.entering wants them."""
+  """Ends and logarithms of decays [B, P, E, M]: see pieces.entering."""
   return _launch(plan, inputs, A, inputs.series[:2][::-1], reverse=False)
 
 

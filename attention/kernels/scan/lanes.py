@@ -42,6 +42,11 @@ class Plan(NamedTuple):
   chunks: int
   pieces: int
 
+  @property
+  def steps(self):
+    """T in whole chunks."""
+    return self.chunks * CHUNK
+
 
 class Operands(NamedTuple):
   """The operands as the kernels take them, E a multiple of 8, M = S W."""
@@ -104,9 +109,10 @@ def _pad(array, missing):
 
 
 def launch(body, plan, operands, outputs, scratch, *, name):
-  """Runs body(plan, *operands, *outputs, **scratch), grid (batch, piece, block).
+  """Runs body(plan, *operands, *outputs, **scratch).
 
-  The blocks of channels vary fastest: they share B and C in the L2 cache.
+  The grid is (batch, piece, block of channels): blocks vary fastest, since they
+  share B and C in the L2 cache.
   """
   batch, _, E = operands[0].shape
   return plgpu.kernel(
@@ -147,7 +153,7 @@ def common_buffer(plan, stages):
 
 
 def tile_buffer(plan, *lead):
-  """Tiles in shared memory, swizzled: a thread's row is read without conflicts."""
+  """Tiles in shared memory, where threads meet no bank conflicts."""
   return plgpu.SMEM((*lead, LANES, plan.W), jnp.float32, transforms=(
       plgpu.TilingTransform((8, plan.W)), plgpu.SwizzleTransform(4 * plan.W)))
 

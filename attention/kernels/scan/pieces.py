@@ -4,10 +4,10 @@ With h_t = a_t h_{t-1} + b_t, a piece does to the state that enters it
 
   h -> (the product of its a_t) h + (what it ends with from zero)
 
-and where a document starts inside, the first term is gone. Two passes: one over
-all pieces from zero, for what they end with, and after `entering` the real one,
-each piece from the state that enters it. The adjoint is a recurrence of the same
-kind backwards in time, with the same products.
+and where a document starts inside, the first term is gone. So there are two
+passes: one over all pieces from zero, for what they end with, and after
+`entering` the real one, each piece from the state that enters it. The adjoint
+is a recurrence of the same kind backwards in time, with the same products.
 """
 
 import jax.numpy as jnp
