@@ -121,6 +121,8 @@ def launch(body, plan, operands, outputs, scratch, *, name):
       grid_names=('b', 'piece', 'block'), kernel_name=f'scan_{name}',
       compiler_params=plgpu.CompilerParams(
           approx_math=True,
+          # The default of jax 0.12, Warpgroup, cannot slice padded buffers.
+          lowering_semantics=plgpu.LoweringSemantics.Lane,
           # They would come with every store. Threads keep to their own
           # channel, and where they do not, commit_smem is the barrier.
           unsafe_no_auto_barriers=True))(*operands)
