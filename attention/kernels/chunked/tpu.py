@@ -17,6 +17,9 @@ loaded (see `tpu_blocks.walk`): zeros with a log decay of 0 leave the state as
 it is, and nothing that a product multiplies by 0 can be inf or nan.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -24,6 +27,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels import chunked
 from attention.kernels.chunked import tpu_blocks
+
+# Chunks whose first products are under way before a chunk is finished.
+import os
+_AHEAD = int(os.environ.get('AHEAD', 2))
+_AHEADB = int(os.environ.get('AHEADB', 1))
+_TURN = int(os.environ.get('TURN', 1))
 
 # Contractions of matmuls, by the dimensions they sum over: a b, a b^T, a^T b.
 _NN, _NT, _TN = (1, 0), (1, 1), (0, 0)
@@ -56,7 +65,7 @@ def forward(operands, starts, *, normalize):
       dict(y=call.out_queries(call.V, v.dtype), sT=call.out_state(S),
            zT=z and call.out_state(z), Ss=call.out_saved(S),
            zs=z and call.out_saved(z)),
-      dict(S=S, z=z),
+      dict(S=S, z=z, pairs=_pairs(call, decay)),
       name='chunked_forward',
       products=call.spec.chunk * (call.H + call.V) + 2 * call.H * call.V)
   sT, zT = _restore_states(call, operands, out['sT'], out['zT'], total=False)
@@ -82,7 +91,8 @@ def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
            dv=call.out_keys(V, v.dtype),
            ddecay=None if decay is None else call.out_decays(),
            ds0=call.out_state(S), dz0=z and call.out_state(z)),
-      dict(dS=S, dz=z, S=(chunks, *S), z=z and (chunks, *z)),
+      dict(dS=S, dz=z, S=(chunks, *S), z=z and (chunks, *z),
+           pairs=_pairs(call, decay)),
       name='chunked_backward',
       products=call.spec.chunk * (3 * H + 2 * V) + 5 * H * V)
   dk, dv = (jnp.swapaxes(call.of_heads(out[name], total=True), 1, 2)
@@ -100,6 +110,12 @@ def _states(call):
   """Shapes of S and z in the kernels, z None without a normaliser."""
   z = None if call.spec.eps is None else (1, call.H)
   return (call.H, call.V), z
+
+
+def _pairs(call, decay):
+  """Shape of the decays of a block's chunks."""
+  spec = call.spec
+  return None if decay is None else (spec.chunks, spec.chunk, spec.chunk)
 
 
 def _restore_states(call, operands, S, z, *, total):
@@ -122,6 +138,11 @@ def _flat(x):
   return x.reshape(-1, x.shape[-1])
 
 
+def _quotient(x, divisor):
+  """Of numbers that are not negative: // would ask the chip for its name."""
+  return jax.lax.div(jnp.asarray(x, jnp.int32), jnp.int32(divisor))
+
+
 def _read(ref, at=...):
   return None if ref is None else ref[at]
 
@@ -139,7 +160,11 @@ def _forward_kernel(r, spec):
 
   def visit(piece, fresh):
     _clear(fresh, r.S, r.z)
-    _each_chunk(spec, piece, lambda chunk: _forward_chunk(r, spec, chunk))
+    if r.decay is not None:
+      _each_chunk(spec, piece, [functools.partial(_write_decays, r)])
+    _each_chunk(spec, piece, [
+        functools.partial(stage, r, spec)
+        for stage in (_start_forward, _finish_forward)])
 
   tpu_blocks.walk(spec, r.pieces, visit)
 
@@ -162,18 +187,31 @@ def _clear(fresh, *states):
         state[...] = jnp.zeros_like(state)
 
 
-def _each_chunk(spec, piece, body, *, reverse=False):
-  """Calls body with each _Chunk that a piece has steps in."""
+def _each_chunk(spec, piece, stages, *, reverse=False):
+  """Takes the chunks that a piece has steps in through stages, in order.
+
+  A stage is called with the chunk and what the stage before returned. In a
+  whole block, a chunk is a stage ahead of the next one: while one waits for
+  its products, the matrix unit has those of the other.
+  """
   if piece is None:
-    order = range(spec.chunks)
-    for c in reversed(order) if reverse else order:
-      body(_Chunk(spec, c, None))
+    order = [_Chunk(spec, c, None) for c in range(spec.chunks)]
+    if reverse:
+      order.reverse()
+    results = [()] * len(order)
+    for turn in range(len(order) + len(stages) - 1):
+      for n, stage in reversed(list(enumerate(stages))):
+        if 0 <= turn - n < len(order):
+          results[turn - n] = stage(order[turn - n], *results[turn - n])
     return
-  start, stop = piece
-  first, end = start // spec.chunk, pl.cdiv(stop, spec.chunk)
+  first = _quotient(piece[0], spec.chunk)
+  end = _quotient(piece[1] + spec.chunk - 1, spec.chunk)
 
   def at(n, _):
-    body(_Chunk(spec, first + end - 1 - n if reverse else n, piece))
+    chunk = _Chunk(spec, first + end - 1 - n if reverse else n, piece)
+    result = ()
+    for stage in stages:
+      result = stage(chunk, *result)
 
   jax.lax.fori_loop(first, end, at, None)
 
@@ -208,15 +246,11 @@ class _Chunk:
       x = jnp.where(self._inside(x.shape, x.ndim - 2), x, old)
     ref[..., self.rows, :] = x.astype(ref.dtype)
 
-  def load_decays(self, ref):
-    """[8,C] of a ref of `Launch.decays`."""
+  def load_row(self, ref):
+    """[1,C] of a ref of the block, zero outside the piece."""
     x = ref[:, self.rows]
-    if self.piece is None:
-      return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    step = (lane & ~7) + row + self.start
-    return jnp.where((step >= self.piece[0]) & (step < self.piece[1]), x, 0.0)
+    return x if self.piece is None else jnp.where(
+        self._inside(x.shape, 1), x, 0.0)
 
   def store_row(self, ref, x):
     """Writes the lanes [1,C] inside the piece."""
@@ -225,59 +259,60 @@ class _Chunk:
     ref[:, self.rows] = x
 
 
-class _Decays:
-  """Decays of a chunk, None without.
+class _Decays(NamedTuple):
+  """Decays of a chunk.
 
   Attributes:
-    pairs: [C,C], from step s to step t: exp of a sum of logs over exactly the
-      steps between, 0 for s > t.
+    pairs: [C,C], from step s to step t, where s <= t: exp of a sum of logs over
+      exactly the steps between.
     before: [C,1], from the state before the chunk to step t.
-    after: [C,1], from step s to the state after the chunk.
-    all: [1,1], from state to state.
   """
+  pairs: jax.Array
+  before: jax.Array
 
-  def __init__(self, spread):
-    logs = _log_decays(spread)
-    self.pairs = jnp.exp2(logs)
-    first = spread[:1, :1]
-    self.before = jnp.exp2(logs[:, :1] + first)
-    self.all = self.before[-1:]
-    last = jnp.broadcast_to(self.pairs[-1:], (8, logs.shape[1]))
-    self.after = last.T[:, :1]
+  @property
+  def after(self):
+    """[1,C], from step s to the state after the chunk."""
+    return self.pairs[-1:]
+
+  @property
+  def all(self):
+    """[1,1], from the state before to the state after."""
+    return self.before[-1:]
+
+  def after_column(self):
+    """after, as [C,1]."""
+    return jnp.broadcast_to(self.after, self.pairs.shape).T[:, :1]
 
 
-def _log_decays(spread):
-  """Sums [C,C] of the decays of steps s+1..t, -inf for s > t.
+def _decays(r, chunk):
+  """_Decays that `_write_decays` left, None without."""
+  if r.decay is None:
+    return None
+  pairs = r.pairs[chunk.index]
+  first = chunk.load_row(r.decay)[:, :1]
+  return _Decays(pairs, pairs[:, :1] * jnp.exp2(first))
 
-  Nothing is subtracted: sums of logs are <= 0 however they round, exact
-  beside a decay of any size. Rows are made eight at a time: the sum from s to
-  the end of the eight before, plus one from there to t.
 
-  Args:
-    spread: [8,C], see `tpu_blocks.Launch.decays`.
+def _write_decays(r, chunk):
+  """Writes decays between the steps of a chunk.
+
+  Nothing is subtracted: sums of logs are <= 0 however they round, and exact
+  beside a decay of any size. They are products of ones with the three bfloat16
+  that make a float32.
   """
-  C = spread.shape[1]
-  row = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 0)
-  lane = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 1)
-  place = lane & 7
-  upto = _running_sum(spread, row)
-  within = _running_sum(jnp.where(row > place, spread, 0.0), row)
-  within = jnp.where(row >= place, within, -jnp.inf)
-  ended = jnp.full_like(spread, -jnp.inf)
-  tiles = []
-  for start in range(0, C, 8):
-    here = (lane & ~7) == start
-    logs = jnp.where(here, within, ended + upto[:, start:start + 1])
-    tiles.append(logs)
-    ended = jnp.broadcast_to(logs[7:], spread.shape)
-  return jnp.concatenate(tiles, axis=0)
-
-
-def _running_sum(x, row):
-  """Sum of each of eight rows and those above it."""
-  for shift in (1, 2, 4):
-    x = x + jnp.where(row >= shift, pltpu.roll(x, shift, 0), 0.0)
-  return x
+  rest = chunk.load_row(r.decay)
+  shape = rest.shape[1], rest.shape[1]
+  row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  later = (row > lane).astype(jnp.float32).astype(jnp.bfloat16)
+  between = 0.0
+  for _ in range(3):
+    part = rest.astype(jnp.bfloat16).astype(jnp.float32)
+    rest = rest - part
+    part = jnp.where(row >= lane, part, 0.0).astype(jnp.bfloat16)
+    between = between + _dot(part, later, _NN)
+  r.pairs[chunk.index] = jnp.exp2(between)
 
 
 def _causal(shape):
@@ -286,46 +321,67 @@ def _causal(shape):
   return key <= query
 
 
-def _forward_chunk(r, spec, chunk):
-  """Writes y of a chunk and takes S and z over it."""
+def _start_forward(r, spec, chunk):
+  """What of a chunk does not depend on the state: q, v, decays, W, update."""
   q, k, v = chunk.load(r.q), chunk.load(r.k), chunk.load(r.v)
-  decays = None if r.decay is None else _Decays(chunk.load_decays(r.decay))
-  W = _dot(_flat(q), k, _NT).reshape(len(q), spec.chunk, spec.chunk)
+  decays = _decays(r, chunk)
+  turned = k.T
+  W = _weights(q, turned, decays)
+  return q, v, decays, W, _update(turned, k, v, decays, spec.eps)
+
+
+def _finish_forward(r, spec, chunk, q, v, decays, W, update):
+  """Writes y of a chunk and takes S and z over it."""
   carried = _dot(_flat(q), r.S[...].astype(q.dtype), _NN)
   carried = carried.reshape(*q.shape[:2], -1)
   if decays is not None:
-    W *= decays.pairs
     carried *= decays.before
-  W = jnp.where(_causal(W.shape), W, 0.0)
   y = _dot(_flat(W.astype(v.dtype)), v, _NN).reshape(carried.shape) + carried
   if r.z is not None:
     y *= 1 / _denominator(q, W, r.z[...], decays, spec.eps)
   chunk.store(r.y, y)
-  S, z = _advance(k, v, r.S[...], _read(r.z), decays)
-  r.S[...] = S
-  if z is not None:
-    r.z[...] = z
+  for state, added in zip((r.S, r.z), update):
+    if state is not None:
+      state[...] = _kept(state[...], decays) + added
+
+
+def _weights(q, turned, decays):
+  """[G,C,C]: W, from q [G,C,H] and k^T."""
+  W = _dot(_flat(q), turned, _NN).reshape(*q.shape[:2], -1)
+  if decays is not None:
+    W *= decays.pairs
+  return jnp.where(_causal(W.shape), W, 0.0)
 
 
 def _denominator(q, W, z, decays, eps):
   """[G,C,1]."""
-  carried = jnp.sum(q.astype(jnp.float32) * z, axis=-1, keepdims=True)
+  carried = q.astype(jnp.float32) * z
   if decays is not None:
     carried *= decays.before
-  return jnp.sum(W, axis=-1, keepdims=True) + carried + eps
+  return _row_sums(W, carried) + eps
 
 
-def _advance(k, v, S, z, decays):
-  """The states after a chunk."""
+def _row_sums(x, y):
+  """Sums [G,C,1] over the rows of both: across lanes once if they can."""
+  if x.shape == y.shape:
+    return jnp.sum(x + y, axis=-1, keepdims=True)
+  return (jnp.sum(x, axis=-1, keepdims=True)
+          + jnp.sum(y, axis=-1, keepdims=True))
+
+
+def _update(turned, k, v, decays, eps):
+  """What a chunk adds to S, and to z, None without a normaliser."""
+  ones = jnp.ones((1, len(k)), jnp.float32)
   if decays is not None:
-    k = (k.astype(jnp.float32) * decays.after).astype(k.dtype)
-    S = S * decays.all
-  S = S + _dot(k, v, _TN)
-  if z is None:
-    return S, None
-  if decays is not None:
-    z = z * decays.all
-  return S, z + jnp.sum(k.astype(jnp.float32), axis=0, keepdims=True)
+    ones = decays.after
+    turned = (turned.astype(jnp.float32) * decays.after).astype(k.dtype)
+  return _dot(turned, v, _NN), (
+      None if eps is None else _dot(ones.astype(k.dtype), k, _NN))
+
+
+def _kept(state, decays):
+  """What a chunk leaves of a state."""
+  return state if decays is None else state * decays.all
 
 
 def _backward_kernel(r, spec):
@@ -336,15 +392,21 @@ def _backward_kernel(r, spec):
       r.dz[...] = r.dzT[...]
 
   def visit(piece, fresh):
-    first = 0 if piece is None else piece[0] // spec.chunk
+    first = 0 if piece is None else _quotient(piece[0], spec.chunk)
     r.S[first] = r.Ss[...]
     if r.z is not None:
       r.z[first] = r.zs[...]
     _clear(fresh, r.S.at[first], None if r.z is None else r.z.at[first])
+    if r.decay is not None:
+      _each_chunk(spec, piece, [functools.partial(_write_decays, r)])
+    # The state after the last chunk of a block is not asked for.
     if spec.chunks > 1:
-      _each_chunk(spec, piece, lambda chunk: _recompute(r, spec, chunk))
-    _each_chunk(spec, piece, lambda chunk: _backward_chunk(r, spec, chunk),
-                reverse=True)
+      _each_chunk(spec, piece, [
+          functools.partial(stage, r, spec)
+          for stage in (_start_states, _finish_states)])
+    _each_chunk(spec, piece, [
+        functools.partial(stage, r, spec)
+        for stage in (_start_backward, _finish_backward)], reverse=True)
     _clear(fresh, r.dS, r.dz)
 
   tpu_blocks.walk(spec, r.pieces, visit, reverse=True)
@@ -356,103 +418,119 @@ def _backward_kernel(r, spec):
       r.dz0[...] = r.dz[...]
 
 
-def _recompute(r, spec, chunk):
+def _start_states(r, spec, chunk):
+  """What a chunk adds to the states."""
+  k, v = chunk.load(r.k), chunk.load(r.v)
+  decays = _decays(r, chunk)
+  return decays, _update(k.T, k, v, decays, spec.eps)
+
+
+def _finish_states(r, spec, chunk, decays, update):
   """Writes the states after a chunk, but for the last of the block."""
   after = chunk.index + 1
 
-  def advance():
-    decays = None if r.decay is None else _Decays(chunk.load_decays(r.decay))
-    S, z = _advance(chunk.load(r.k), chunk.load(r.v), r.S[chunk.index],
-                    _read(r.z, chunk.index), decays)
-    r.S[after] = S
-    if z is not None:
-      r.z[after] = z
+  def write():
+    for states, added in zip((r.S, r.z), update):
+      if states is not None:
+        states[after] = _kept(states[chunk.index], decays) + added
 
   if not isinstance(after, int):
-    pl.when(after < spec.chunks)(advance)
+    pl.when(after < spec.chunks)(write)
   elif after < spec.chunks:
-    advance()
+    write()
 
 
-def _backward_chunk(r, spec, chunk):
-  """Writes the gradients of a chunk and takes dS and dz back over it.
+def _start_backward(r, spec, chunk):
+  """What of a chunk's gradients does not depend on those of the state.
 
   dn is the gradient of the numerator of y, -m that of the denominator.
   """
   q, k, v, dn = (chunk.load(ref) for ref in (r.q, r.k, r.v, r.dy))
-  S, dS = r.S[chunk.index], r.dS[...]
-  shape = len(q), spec.chunk, spec.chunk
+  S, z = r.S[chunk.index], _read(r.z, chunk.index)
+  decays = _decays(r, chunk)
   dtype = q.dtype
-  decays = None if r.decay is None else _Decays(chunk.load_decays(r.decay))
-  causal = _causal(shape)
 
-  W = _dot(_flat(q), k, _NT).reshape(shape)
-  if decays is not None:
-    W *= decays.pairs
-  W = jnp.where(causal, W, 0.0)
-  dW = _dot(_flat(dn), v, _NT).reshape(shape)
-  dq = _dot(_flat(dn), S.astype(dtype), _NT).reshape(q.shape)
-  dk = _dot(v, dS.astype(dtype), _NT)
-  dv = _dot(k, dS.astype(dtype), _NN)
+  W = _weights(q, k.T, decays)
+  dW = _dot(_flat(dn), v.T, _NN).reshape(W.shape) if _TURN & 1 else _dot(_flat(dn), v, _NT).reshape(W.shape)
+  dq = (_dot(_flat(dn), S.astype(dtype).T, _NN) if _TURN & 2 else _dot(_flat(dn), S.astype(dtype), _NT)).reshape(q.shape)
+  added = None
   if decays is not None:
     dq *= decays.before
-  if r.z is not None:
-    z, dz = r.z[chunk.index], r.dz[...]
+  if z is not None:
     wide_q = q.astype(jnp.float32)
     inverse = 1 / _denominator(q, W, z, decays, spec.eps)
     dn = (dn.astype(jnp.float32) * inverse).astype(dtype)
     dW *= inverse
     dq *= inverse
-    m = inverse * (jnp.sum(W * dW, axis=-1, keepdims=True)
-                   + jnp.sum(wide_q * dq, axis=-1, keepdims=True))
+    m = inverse * _row_sums(W * dW, wide_q * dq)
     dW -= m
     if decays is not None:
       m *= decays.before
     dq -= m * z
-    dk += dz
-    dz_before = -jnp.sum(_flat(m * wide_q), axis=0, keepdims=True)
-    kept = dz if decays is None else dz * decays.all
-    r.dz[...] = kept + dz_before
-  dW = jnp.where(causal, dW, 0.0)
-  dn_before, kept = dn, dS
+    added = -jnp.sum(_flat(m * wide_q), axis=0, keepdims=True)
+  dW = jnp.where(_causal(W.shape), dW, 0.0)
+  ddecay, dn_before = None, dn
   if decays is not None:
-    dk *= decays.after
-    dv *= decays.after
-    kept = dS * decays.all
-    through = jnp.sum(kept * S, keepdims=True)
-    if r.z is not None:
-      through += jnp.sum(dz * decays.all * z, keepdims=True)
-    chunk.store_row(r.ddecay, through + _decay_gradient(
+    ddecay = _decay_gradient(
         jnp.sum(W * dW, axis=0),
         jnp.sum(jnp.sum(q.astype(jnp.float32) * dq, axis=0), axis=-1,
-                keepdims=True),
-        jnp.sum(k.astype(jnp.float32) * dk, axis=-1, keepdims=True), dtype))
+                keepdims=True), dtype)
     dW *= decays.pairs
     dn_before = (dn.astype(jnp.float32) * decays.before).astype(dtype)
   W, dW = _flat(W.astype(dtype)), _flat(dW.astype(dtype))
-  q, dn, dn_before = _flat(q), _flat(dn), _flat(dn_before)
   chunk.store(r.dq, dq + _dot(dW, k, _NN).reshape(dq.shape))
-  chunk.store(r.dk, dk + _dot(dW, q, _TN))
-  chunk.store(r.dv, dv + _dot(W, dn, _TN))
-  r.dS[...] = kept + _dot(q, dn_before, _TN)
+  dS = _dot(_flat(q), _flat(dn_before), _TN)
+  return k, v, decays, _dot(dW, _flat(q), _TN), _dot(W, _flat(dn), _TN), ddecay, (dS, added)
 
 
-def _decay_gradient(pairs, before, after, dtype):
-  """Gradient [1,C] of a chunk's decays, but for the path from S to S.
+def _finish_backward(r, spec, chunk, k, v, decays, dk, dv, ddecay, update):
+  dS = r.dS[...]
+  half = dS.astype(k.dtype)
+  dk_after = _dot(v, half.T, _NN) if _TURN & 4 else _dot(v, half, _NT)
+  dv_after = _dot(k, half, _NN)
+  if r.z is not None:
+    dk_after += r.dz[...]
+  if decays is not None:
+    column = decays.after_column()
+    dk_after *= column
+    dv_after *= column
+    after = jnp.sum(k.astype(jnp.float32) * dk_after, axis=-1, keepdims=True)
+    through = jnp.sum(_kept(dS, decays) * r.S[chunk.index], keepdims=True)
+    if r.z is not None:
+      through += jnp.sum(_kept(r.dz[...], decays) * r.z[chunk.index], keepdims=True)
+    chunk.store_row(r.ddecay, ddecay + _earlier(after) + through)
+  chunk.store(r.dk, dk + dk_after)
+  chunk.store(r.dv, dv + dv_after)
+  for state, added in zip((r.dS, r.dz), update):
+    if state is not None:
+      state[...] = _kept(state[...], decays) + added
 
-  A decay is in the weight of each pair that it lies between, in that of the
-  state for its own and later steps, and in that of earlier steps for the state
-  after: sums over exactly those.
+
+def _decay_gradient(pairs, before, dtype):
+  """Gradient [1,C] of a chunk's decays, but for those of the state after.
+
+  A decay is in the weight of each pair that it lies between, and in that of
+  the state for its own and later steps: sums over exactly those.
 
   Args:
     pairs: [C,C], gradients of the logarithms of `_Decays.pairs`.
     before: [C,1], likewise.
-    after: [C,1], likewise.
     dtype: of the product.
   """
-  key = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 0)
-  step = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 1)
-  earlier = (key < step).astype(jnp.float32).astype(dtype)
-  crossing = _dot(pairs.astype(dtype), earlier, _NN)
-  return jnp.sum(jnp.where(key >= step, crossing + before, after), axis=0,
+  earlier = _earlier_steps(len(pairs))
+  crossing = _dot(pairs.astype(dtype), earlier.astype(jnp.float32).astype(dtype), _NN)
+  return jnp.sum(jnp.where(earlier, 0.0, crossing + before), axis=0,
+                 keepdims=True)
+
+
+def _earlier_steps(steps):
+  """[C,C], whether row s is earlier than column t."""
+  shape = steps, steps
+  return (jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+          < jax.lax.broadcasted_iota(jnp.int32, shape, 1))
+
+
+def _earlier(x):
+  """Sums [1,C] of a column [C,1] over the steps before each."""
+  return jnp.sum(jnp.where(_earlier_steps(len(x)), x, 0.0), axis=0,
                  keepdims=True)

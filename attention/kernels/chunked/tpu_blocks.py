@@ -19,7 +19,7 @@ CHUNK = 128
 
 # A program's query rows in a block, and its query heads. A body is unrolled
 # over them: more hide more latency, fewer make a shorter program.
-_ROWS = 512
+_ROWS = 1024
 _HEADS = 8
 
 LOG2E = math.log2(math.e)
@@ -159,7 +159,8 @@ class Launch:
     def index_map(b, p, i):
       if self.reverse:
         i = self.spec.blocks - 1 - i
-      return index(b, p, p * self.K // self.P, i)
+      head = jax.lax.div(p, jnp.int32(self.P // self.K))
+      return index(b, p, head, i)
     return pl.BlockSpec(shape, index_map, **kwargs)
 
   def pieces(self):
@@ -182,17 +183,13 @@ class Launch:
                          lambda b, p, h, i: (b, h, i, 0))
 
   def decays(self, x):
-    """[B,T,K] -> [B,K,8,steps], to base 2, spread for `tpu._log_decays`.
-
-    Lane s of row r is the decay of step r of the eight that s is one of.
-    """
+    """[B,T,K] -> [B,K,1,steps], to base 2."""
     if x is None:
       return None
-    x = jnp.swapaxes(x.astype(jnp.float32) * LOG2E, 1, 2)
-    x = _pad(x, 2, self.spec.blocks * self.spec.steps)
-    x = jnp.swapaxes(x.reshape(self.B, self.K, -1, 8), 2, 3)
-    return jnp.repeat(x, 8, axis=3), self._spec(
-        (None, None, 8, self.spec.steps), lambda b, p, h, i: (b, h, 0, i))
+    # A product has no room for 0 * inf; exp of this is 0 just the same.
+    x = jnp.maximum(x.astype(jnp.float32), -1e30) * LOG2E
+    x = _pad(jnp.swapaxes(x, 1, 2), 2, self.spec.blocks * self.spec.steps)
+    return x[:, :, None], self.out_decays(own=False)[1]
 
   def state(self, x, *, own=False):
     """[B,K,H,V], or [B,K,H] as a row; own: [B,P,...], one each program."""
@@ -219,10 +216,11 @@ class Launch:
     return jax.ShapeDtypeStruct(shape, dtype), self._spec(
         (None, None, self.spec.steps, width), lambda b, p, h, i: (b, p, i, 0))
 
-  def out_decays(self):
+  def out_decays(self, *, own=True):
     shape = self.B, self.P, 1, self.spec.blocks * self.spec.steps
     return jax.ShapeDtypeStruct(shape, jnp.float32), self._spec(
-        (None, None, 1, self.spec.steps), lambda b, p, h, i: (b, p, 0, i))
+        (None, None, 1, self.spec.steps),
+        lambda b, p, h, i: (b, p if own else h, 0, i))
 
   def out_state(self, shape):
     return jax.ShapeDtypeStruct((self.B, self.P, *shape), jnp.float32), (
