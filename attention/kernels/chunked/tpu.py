@@ -18,7 +18,6 @@ it is, and nothing that a product multiplies by 0 can be inf or nan.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.kernels import chunked
 from attention.kernels.chunked import tpu_blocks
 
-# Chunks whose first products are under way before a chunk is finished.
-import os
-_AHEAD = int(os.environ.get('AHEAD', 2))
-_AHEADB = int(os.environ.get('AHEADB', 1))
-_TURN = int(os.environ.get('TURN', 1))
+_LANES = 128
 
 # Contractions of matmuls, by the dimensions they sum over: a b, a b^T, a^T b.
 _NN, _NT, _TN = (1, 0), (1, 1), (0, 0)
@@ -65,7 +60,7 @@ def forward(operands, starts, *, normalize):
       dict(y=call.out_queries(call.V, v.dtype), sT=call.out_state(S),
            zT=z and call.out_state(z), Ss=call.out_saved(S),
            zs=z and call.out_saved(z)),
-      dict(S=S, z=z, pairs=_pairs(call, decay)),
+      dict(S=S, z=z, **_decay_scratch(call, decay, 'before')),
       name='chunked_forward',
       products=call.spec.chunk * (call.H + call.V) + 2 * call.H * call.V)
   sT, zT = _restore_states(call, operands, out['sT'], out['zT'], total=False)
@@ -92,7 +87,7 @@ def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
            ddecay=None if decay is None else call.out_decays(),
            ds0=call.out_state(S), dz0=z and call.out_state(z)),
       dict(dS=S, dz=z, S=(chunks, *S), z=z and (chunks, *z),
-           pairs=_pairs(call, decay)),
+           **_decay_scratch(call, decay, 'before', 'after')),
       name='chunked_backward',
       products=call.spec.chunk * (3 * H + 2 * V) + 5 * H * V)
   dk, dv = (jnp.swapaxes(call.of_heads(out[name], total=True), 1, 2)
@@ -112,10 +107,12 @@ def _states(call):
   return (call.H, call.V), z
 
 
-def _pairs(call, decay):
-  """Shape of the decays of a block's chunks."""
-  spec = call.spec
-  return None if decay is None else (spec.chunks, spec.chunk, spec.chunk)
+def _decay_scratch(call, decay, *names):
+  """Shapes of what `_write_decays` writes."""
+  n, C = call.spec.chunks, call.spec.chunk
+  if decay is None:
+    return dict.fromkeys(('pairs', *names))
+  return dict(pairs=(n, C, C), **dict.fromkeys(names, (n, C, _LANES)))
 
 
 def _restore_states(call, operands, S, z, *, total):
@@ -164,7 +161,7 @@ def _forward_kernel(r, spec):
       _each_chunk(spec, piece, [functools.partial(_write_decays, r)])
     _each_chunk(spec, piece, [
         functools.partial(stage, r, spec)
-        for stage in (_start_forward, _finish_forward)])
+        for stage in (_start_forward, _finish_forward)], distance=2)
 
   tpu_blocks.walk(spec, r.pieces, visit)
 
@@ -187,22 +184,23 @@ def _clear(fresh, *states):
         state[...] = jnp.zeros_like(state)
 
 
-def _each_chunk(spec, piece, stages, *, reverse=False):
+def _each_chunk(spec, piece, stages, *, distance=1, reverse=False):
   """Takes the chunks that a piece has steps in through stages, in order.
 
   A stage is called with the chunk and what the stage before returned. In a
-  whole block, a chunk is a stage ahead of the next one: while one waits for
-  its products, the matrix unit has those of the other.
+  whole block, a stage is `distance` chunks behind the stage before: while one
+  waits for its products, the matrix unit has those of the other.
   """
   if piece is None:
     order = [_Chunk(spec, c, None) for c in range(spec.chunks)]
     if reverse:
       order.reverse()
     results = [()] * len(order)
-    for turn in range(len(order) + len(stages) - 1):
+    for turn in range(len(order) + distance * (len(stages) - 1)):
       for n, stage in reversed(list(enumerate(stages))):
-        if 0 <= turn - n < len(order):
-          results[turn - n] = stage(order[turn - n], *results[turn - n])
+        at = turn - n * distance
+        if 0 <= at < len(order):
+          results[at] = stage(order[at], *(results[at] or ()))
     return
   first = _quotient(piece[0], spec.chunk)
   end = _quotient(piece[1] + spec.chunk - 1, spec.chunk)
@@ -211,7 +209,7 @@ def _each_chunk(spec, piece, stages, *, reverse=False):
     chunk = _Chunk(spec, first + end - 1 - n if reverse else n, piece)
     result = ()
     for stage in stages:
-      result = stage(chunk, *result)
+      result = stage(chunk, *(result or ()))
 
   jax.lax.fori_loop(first, end, at, None)
 
@@ -259,52 +257,52 @@ class _Chunk:
     ref[:, self.rows] = x
 
 
-class _Decays(NamedTuple):
-  """Decays of a chunk.
+class _Decays:
+  """Decays of a chunk that `_write_decays` left.
 
   Attributes:
     pairs: [C,C], from step s to step t, where s <= t: exp of a sum of logs over
       exactly the steps between.
-    before: [C,1], from the state before the chunk to step t.
+    after: [1,C], from step s to the state after the chunk.
+    all: [1,1], from the state before to the state after.
   """
-  pairs: jax.Array
-  before: jax.Array
 
-  @property
-  def after(self):
-    """[1,C], from step s to the state after the chunk."""
-    return self.pairs[-1:]
+  def __init__(self, r, chunk):
+    self._before, self._after = r.before, getattr(r, 'after', None)
+    self._index = chunk.index
+    self.pairs = r.pairs[chunk.index]
+    self.after = self.pairs[-1:]
+    self.all = r.before[chunk.index, -1:, :1]
 
-  @property
-  def all(self):
-    """[1,1], from the state before to the state after."""
-    return self.before[-1:]
+  def from_state(self, x):
+    """[...,C,width] times the decay from the state before the chunk."""
+    return x * _columns(self._before[self._index], x.shape[-1])
 
-  def after_column(self):
-    """after, as [C,1]."""
-    return jnp.broadcast_to(self.after, self.pairs.shape).T[:, :1]
+  def to_state(self, x):
+    """[C,width] times the decay to the state after the chunk."""
+    return x * _columns(self._after[self._index], x.shape[-1])
+
+
+def _columns(x, width):
+  """[C,128], whose lanes are equal, as [C,width]."""
+  return jnp.concatenate([x] * pl.cdiv(width, _LANES), axis=1)[:, :width]
 
 
 def _decays(r, chunk):
-  """_Decays that `_write_decays` left, None without."""
-  if r.decay is None:
-    return None
-  pairs = r.pairs[chunk.index]
-  first = chunk.load_row(r.decay)[:, :1]
-  return _Decays(pairs, pairs[:, :1] * jnp.exp2(first))
+  return None if r.decay is None else _Decays(r, chunk)
 
 
 def _write_decays(r, chunk):
-  """Writes decays between the steps of a chunk.
+  """Writes the decays of a chunk.
 
   Nothing is subtracted: sums of logs are <= 0 however they round, and exact
   beside a decay of any size. They are products of ones with the three bfloat16
   that make a float32.
   """
-  rest = chunk.load_row(r.decay)
-  shape = rest.shape[1], rest.shape[1]
-  row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-  lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  logs = rest = chunk.load_row(r.decay)
+  steps = logs.shape[1]
+  row = jax.lax.broadcasted_iota(jnp.int32, (steps, steps), 0)
+  lane = jax.lax.broadcasted_iota(jnp.int32, (steps, steps), 1)
   later = (row > lane).astype(jnp.float32).astype(jnp.bfloat16)
   between = 0.0
   for _ in range(3):
@@ -312,7 +310,12 @@ def _write_decays(r, chunk):
     rest = rest - part
     part = jnp.where(row >= lane, part, 0.0).astype(jnp.bfloat16)
     between = between + _dot(part, later, _NN)
-  r.pairs[chunk.index] = jnp.exp2(between)
+  pairs = jnp.exp2(between)
+  r.pairs[chunk.index] = pairs
+  r.before[chunk.index] = jnp.broadcast_to(
+      pairs[:, :1] * jnp.exp2(logs[:, :1]), (steps, _LANES))
+  if hasattr(r, 'after'):
+    r.after[chunk.index] = jnp.broadcast_to(pairs[-1:], (_LANES, steps)).T
 
 
 def _causal(shape):
@@ -322,20 +325,20 @@ def _causal(shape):
 
 
 def _start_forward(r, spec, chunk):
-  """What of a chunk does not depend on the state: q, v, decays, W, update."""
+  """The weights of a chunk, and what it adds to the states."""
   q, k, v = chunk.load(r.q), chunk.load(r.k), chunk.load(r.v)
   decays = _decays(r, chunk)
-  turned = k.T
-  W = _weights(q, turned, decays)
-  return q, v, decays, W, _update(turned, k, v, decays, spec.eps)
+  return _weights(q, k, decays), _update(k, v, decays, spec.eps)
 
 
-def _finish_forward(r, spec, chunk, q, v, decays, W, update):
+def _finish_forward(r, spec, chunk, W, update):
   """Writes y of a chunk and takes S and z over it."""
+  q, v = chunk.load(r.q), chunk.load(r.v)
+  decays = _decays(r, chunk)
   carried = _dot(_flat(q), r.S[...].astype(q.dtype), _NN)
   carried = carried.reshape(*q.shape[:2], -1)
   if decays is not None:
-    carried *= decays.before
+    carried = decays.from_state(carried)
   y = _dot(_flat(W.astype(v.dtype)), v, _NN).reshape(carried.shape) + carried
   if r.z is not None:
     y *= 1 / _denominator(q, W, r.z[...], decays, spec.eps)
@@ -345,9 +348,9 @@ def _finish_forward(r, spec, chunk, q, v, decays, W, update):
       state[...] = _kept(state[...], decays) + added
 
 
-def _weights(q, turned, decays):
-  """[G,C,C]: W, from q [G,C,H] and k^T."""
-  W = _dot(_flat(q), turned, _NN).reshape(*q.shape[:2], -1)
+def _weights(q, k, decays):
+  """W [G,C,C], of q [G,C,H] and k [C,H]."""
+  W = _dot(_flat(q), k, _NT).reshape(*q.shape[:2], -1)
   if decays is not None:
     W *= decays.pairs
   return jnp.where(_causal(W.shape), W, 0.0)
@@ -357,7 +360,7 @@ def _denominator(q, W, z, decays, eps):
   """[G,C,1]."""
   carried = q.astype(jnp.float32) * z
   if decays is not None:
-    carried *= decays.before
+    carried = decays.from_state(carried)
   return _row_sums(W, carried) + eps
 
 
@@ -369,9 +372,10 @@ def _row_sums(x, y):
           + jnp.sum(y, axis=-1, keepdims=True))
 
 
-def _update(turned, k, v, decays, eps):
+def _update(k, v, decays, eps):
   """What a chunk adds to S, and to z, None without a normaliser."""
   ones = jnp.ones((1, len(k)), jnp.float32)
+  turned = k.T
   if decays is not None:
     ones = decays.after
     turned = (turned.astype(jnp.float32) * decays.after).astype(k.dtype)
@@ -406,7 +410,7 @@ def _backward_kernel(r, spec):
           for stage in (_start_states, _finish_states)])
     _each_chunk(spec, piece, [
         functools.partial(stage, r, spec)
-        for stage in (_start_backward, _finish_backward)], reverse=True)
+        for stage in (_start_backward, _weigh_backward, _finish_backward)], reverse=True)
     _clear(fresh, r.dS, r.dz)
 
   tpu_blocks.walk(spec, r.pieces, visit, reverse=True)
@@ -422,7 +426,7 @@ def _start_states(r, spec, chunk):
   """What a chunk adds to the states."""
   k, v = chunk.load(r.k), chunk.load(r.v)
   decays = _decays(r, chunk)
-  return decays, _update(k.T, k, v, decays, spec.eps)
+  return decays, _update(k, v, decays, spec.eps)
 
 
 def _finish_states(r, spec, chunk, decays, update):
@@ -441,69 +445,80 @@ def _finish_states(r, spec, chunk, decays, update):
 
 
 def _start_backward(r, spec, chunk):
-  """What of a chunk's gradients does not depend on those of the state.
+  """The products of a chunk that depend on its inputs alone."""
+  q, k, v, dy = (chunk.load(ref) for ref in (r.q, r.k, r.v, r.dy))
+  S, decays = r.S[chunk.index], _decays(r, chunk)
+  W = _weights(q, k, decays)
+  dW = _dot(_flat(dy), v, _NT).reshape(W.shape)
+  dq = _dot(_flat(dy), S.astype(q.dtype), _NT).reshape(q.shape)
+  if decays is not None:
+    dq = decays.from_state(dq)
+  inverse = None
+  if r.z is not None:
+    inverse = 1 / _denominator(q, W, r.z[chunk.index], decays, spec.eps)
+  return W, dW, dq, inverse
+
+
+def _weigh_backward(r, spec, chunk, W, dW, dq, inverse):
+  """Gradients of the weights, of the state's share of y and of z.
 
   dn is the gradient of the numerator of y, -m that of the denominator.
   """
-  q, k, v, dn = (chunk.load(ref) for ref in (r.q, r.k, r.v, r.dy))
-  S, z = r.S[chunk.index], _read(r.z, chunk.index)
+  q, dn = chunk.load(r.q), chunk.load(r.dy)
   decays = _decays(r, chunk)
   dtype = q.dtype
-
-  W = _weights(q, k.T, decays)
-  dW = _dot(_flat(dn), v.T, _NN).reshape(W.shape) if _TURN & 1 else _dot(_flat(dn), v, _NT).reshape(W.shape)
-  dq = (_dot(_flat(dn), S.astype(dtype).T, _NN) if _TURN & 2 else _dot(_flat(dn), S.astype(dtype), _NT)).reshape(q.shape)
-  added = None
-  if decays is not None:
-    dq *= decays.before
-  if z is not None:
+  dz = None
+  if r.z is not None:
     wide_q = q.astype(jnp.float32)
-    inverse = 1 / _denominator(q, W, z, decays, spec.eps)
     dn = (dn.astype(jnp.float32) * inverse).astype(dtype)
     dW *= inverse
     dq *= inverse
     m = inverse * _row_sums(W * dW, wide_q * dq)
     dW -= m
+    mq, mz = m * wide_q, m * r.z[chunk.index]
     if decays is not None:
-      m *= decays.before
-    dq -= m * z
-    added = -jnp.sum(_flat(m * wide_q), axis=0, keepdims=True)
+      mq, mz = decays.from_state(mq), decays.from_state(mz)
+    dq -= mz
+    dz = -jnp.sum(_flat(mq), axis=0, keepdims=True)
   dW = jnp.where(_causal(W.shape), dW, 0.0)
-  ddecay, dn_before = None, dn
+  ddecay = None
   if decays is not None:
     ddecay = _decay_gradient(
         jnp.sum(W * dW, axis=0),
         jnp.sum(jnp.sum(q.astype(jnp.float32) * dq, axis=0), axis=-1,
                 keepdims=True), dtype)
     dW *= decays.pairs
-    dn_before = (dn.astype(jnp.float32) * decays.before).astype(dtype)
-  W, dW = _flat(W.astype(dtype)), _flat(dW.astype(dtype))
-  chunk.store(r.dq, dq + _dot(dW, k, _NN).reshape(dq.shape))
-  dS = _dot(_flat(q), _flat(dn_before), _TN)
-  return k, v, decays, _dot(dW, _flat(q), _TN), _dot(W, _flat(dn), _TN), ddecay, (dS, added)
+  return W.astype(dtype), dW.astype(dtype), dq, dn, dz, ddecay
 
 
-def _finish_backward(r, spec, chunk, k, v, decays, dk, dv, ddecay, update):
+def _finish_backward(r, spec, chunk, W, dW, dq, dn, dz, ddecay):
+  """Writes the gradients of a chunk and takes dS and dz back over it."""
+  del spec
+  q, k, v = (chunk.load(ref) for ref in (r.q, r.k, r.v))
+  decays = _decays(r, chunk)
   dS = r.dS[...]
   half = dS.astype(k.dtype)
-  dk_after = _dot(v, half.T, _NN) if _TURN & 4 else _dot(v, half, _NT)
-  dv_after = _dot(k, half, _NN)
+  dk = _dot(v, half, _NT)
+  dv = _dot(k, half, _NN)
+  dn_before = dn
   if r.z is not None:
-    dk_after += r.dz[...]
+    dk += r.dz[...]
   if decays is not None:
-    column = decays.after_column()
-    dk_after *= column
-    dv_after *= column
-    after = jnp.sum(k.astype(jnp.float32) * dk_after, axis=-1, keepdims=True)
+    dk, dv = decays.to_state(dk), decays.to_state(dv)
+    dn_before = decays.from_state(dn.astype(jnp.float32)).astype(dn.dtype)
     through = jnp.sum(_kept(dS, decays) * r.S[chunk.index], keepdims=True)
     if r.z is not None:
-      through += jnp.sum(_kept(r.dz[...], decays) * r.z[chunk.index], keepdims=True)
+      through += jnp.sum(_kept(r.dz[...], decays) * r.z[chunk.index],
+                         keepdims=True)
+    after = jnp.sum(k.astype(jnp.float32) * dk, axis=-1, keepdims=True)
     chunk.store_row(r.ddecay, ddecay + _earlier(after) + through)
-  chunk.store(r.dk, dk + dk_after)
-  chunk.store(r.dv, dv + dv_after)
-  for state, added in zip((r.dS, r.dz), update):
-    if state is not None:
-      state[...] = _kept(state[...], decays) + added
+  W, dW, dn = _flat(W), _flat(dW), _flat(dn)
+  chunk.store(r.dq, dq + _dot(dW, k, _NN).reshape(dq.shape))
+  chunk.store(r.dk, dk + _dot(dW, _flat(q), _TN))
+  chunk.store(r.dv, dv + _dot(W, dn, _TN))
+  r.dS[...] = _kept(dS, decays) + _dot(_flat(q), _flat(dn_before), _TN)
+  if r.z is not None:
+    r.dz[...] = _kept(r.dz[...], decays) + dz
 
 
 def _decay_gradient(pairs, before, dtype):
