@@ -202,16 +202,20 @@ def _each_chunk(spec, piece, stages, *, distance=1, reverse=False):
         if 0 <= at < len(order):
           results[at] = stage(order[at], *(results[at] or ()))
     return
-  first = _quotient(piece[0], spec.chunk)
-  end = _quotient(piece[1] + spec.chunk - 1, spec.chunk)
 
-  def at(n, _):
-    chunk = _Chunk(spec, first + end - 1 - n if reverse else n, piece)
+  def through(index):
     result = ()
     for stage in stages:
-      result = stage(chunk, *(result or ()))
+      result = stage(_Chunk(spec, index, piece), *(result or ()))
 
-  jax.lax.fori_loop(first, end, at, None)
+  if spec.chunks == 1:
+    through(0)
+    return
+  first = _quotient(piece[0], spec.chunk)
+  end = _quotient(piece[1] + spec.chunk - 1, spec.chunk)
+  jax.lax.fori_loop(
+      first, end, lambda n, _: through(first + end - 1 - n if reverse else n),
+      None)
 
 
 class _Chunk:

@@ -17,10 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 # the least together for the usual widths.
 CHUNK = 128
 
-# A program's query rows in a block, and its query heads. A body is unrolled
-# over them: more hide more latency, fewer make a shorter program.
+# Query rows of a program in a block, all heads together, of 128 bfloat16; fewer
+# of wider ones. A body is unrolled over them: more hide more latency and save
+# fewer states, fewer make a shorter program.
 _ROWS = 1024
-_HEADS = 8
 
 LOG2E = math.log2(math.e)
 
@@ -41,21 +41,31 @@ class Spec(NamedTuple):
     return self.chunk * self.chunks
 
 
-def query_heads(group):
-  """Query heads of a program: the largest divisor of N/K that is allowed."""
-  return max(n for n in range(1, _HEADS + 1) if group % n == 0)
+def query_heads(group, rows):
+  """Query heads of a program: the most that fit and divide N/K."""
+  most = max(rows // CHUNK, 1)
+  return max(n for n in range(1, most + 1) if group % n == 0)
 
 
-def specification(T, heads, eps):
-  """Returns the Spec for T steps and the query heads of a program."""
-  chunks = pl.cdiv(T, CHUNK)
-  # As even as they can be, in whole tiles of bfloat16.
-  chunk = round_up(pl.cdiv(T, chunks), 16)
-  most = max(_ROWS // (heads * CHUNK), 1)
-  if chunks > most:
-    # Of several blocks each is a whole number of lanes.
-    chunk, chunks = CHUNK, most
-  return Spec(T, chunk, chunks, pl.cdiv(T, chunk * chunks), eps)
+def query_rows(q, v):
+  """Query rows of a program in a block."""
+  width = max(round_up(x.shape[-1], 128) for x in (q, v))
+  return _ROWS * 128 // width * 2 // q.dtype.itemsize
+
+
+def specification(T, rows, heads, eps):
+  """Returns the Spec for T steps, in whole tiles of bfloat16.
+
+  Args:
+    T: steps.
+    rows: of `query_rows`.
+    heads: query heads of a program.
+    eps: of the normaliser, or None.
+  """
+  if T <= CHUNK:
+    return Spec(T, round_up(T, 16), 1, 1, eps)
+  chunks = min(max(rows // (heads * CHUNK), 1), pl.cdiv(T, CHUNK))
+  return Spec(T, CHUNK, chunks, pl.cdiv(T, CHUNK * chunks), eps)
 
 
 def round_up(x, multiple):
@@ -147,10 +157,11 @@ class Launch:
   def __init__(self, operands, starts, *, eps, reverse):
     self.B, T, N, H = operands.q.shape
     self.K, V = operands.v.shape[2:]
-    self.G = query_heads(N // self.K)
+    rows = query_rows(operands.q, operands.v)
+    self.G = query_heads(N // self.K, rows)
     self.P = N // self.G
     self.H, self.V = padded_width(H), padded_width(V)
-    self.spec = specification(T, self.G, eps)
+    self.spec = specification(T, rows, self.G, eps)
     self.starts = starts
     self.reverse = reverse
 
