@@ -34,6 +34,9 @@ from jaxtyping import Array, Float, Int
 from attention.kernels import arguments, dispatch
 
 
+IMPLEMENTATIONS = ('xla', 'gpu')
+
+
 class Operands(NamedTuple):
   """The differentiable arguments, decay per step or None."""
   q: Float[Array, 'B T N H']
@@ -75,7 +78,7 @@ def chunked_linear_attention(
       first step, so that s0 always counts.
     normalize: eps > 0, added to the denominator q_t^T z_t. None: no
       denominator.
-    implementation: 'auto' or 'xla'.
+    implementation: 'auto' or one of IMPLEMENTATIONS.
 
   Returns:
     y in v's dtype and the state after the last step in float32, in which the
@@ -98,7 +101,7 @@ def chunked_linear_attention(
   starts = arguments.segment_starts(segment_ids, segment_id0)
   operands = Operands(q, k, v, decay, s0, z0)
   module = dispatch.select(
-      __name__, implementation, ('xla',),
+      __name__, implementation, IMPLEMENTATIONS,
       operands, starts, normalize=normalize)
   y, sT, zT = _attend(module, normalize, operands, starts)
   return y, (sT if normalize is None else (sT, zT))

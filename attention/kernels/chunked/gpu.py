@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention.kernels import chunked
-from attention.kernels.chunked import gpu_states, hopper
+from attention.kernels.chunked import gpu_backward, gpu_states, hopper
 from attention.kernels.chunked.hopper import CHUNK
 
 _FORGOTTEN = -1e30  # log of a decay to 0: 64 of them can be added up.
@@ -77,7 +77,8 @@ def forward(operands, starts, *, normalize):
   q, k, v = map(_pad, (q, k, v))
   scales = None
   if weights.kept is not None:
-    scales = _scales(weights.after, weights.kept, normalize and weights.after)
+    sums = () if normalize is None else (weights.after,)
+    scales = _scales(weights.after, weights.kept, *sums)
   S = gpu_states.states(plan._replace(G=1), k, v, scales, s0, z0, reverse=False)
   out = _outputs(plan, q, k, v, S['states'], S.get('z_states'), weights)
   y, last = out['y'][:, :time], (S['last'], S.get('z_last'))
@@ -85,6 +86,87 @@ def forward(operands, starts, *, normalize):
   if normalize is not None:
     saved += (y, out['inverse'])
   return y, *last, saved
+
+
+def backward(operands, starts, saved, dy, dsT, dzT, *, normalize):
+  """See `attention.kernels.chunked`."""
+  q, k, v, decay, _, _ = operands
+  plan = _plan(q, k, normalize)
+  weights = _weights(plan, k, decay, starts)
+  dy = dy.astype(q.dtype)
+  inverse = delta = None
+  if normalize is not None:
+    inverse = saved[3]
+    delta = jnp.sum(dy.astype(jnp.float32) * saved[2].astype(jnp.float32), -1)
+    delta = _chunks(plan, jnp.swapaxes(delta, 1, 2)).reshape(inverse.shape)
+  series = dict(zip('qkv', map(_pad, (q, k, v)), strict=True), dy=_pad(dy))
+  dS = gpu_states.states(
+      plan, series['q'], series['dy'],
+      _reverse_scales(plan, weights, inverse, delta), dsT, dzT, reverse=True)
+  out = gpu_backward.gradients(
+      plan,
+      dict(series, states=saved[0], dstates=dS['states'], inverse=inverse,
+           delta=delta, z=saved[1], dz=dS.get('z_states')),
+      dict(levels=weights.levels, ids=weights.ids, before=weights.before,
+           after=weights.after))
+  ddecay = None
+  if decay is not None:
+    passed = jnp.sum(saved[0].astype(jnp.float32) * dS['states'], (1, 2))
+    passed = passed.reshape(weights.kept.shape)
+    if normalize is not None:
+      passed += jnp.sum(saved[1] * dS['z_states'], -1).reshape(passed.shape)
+    ddecay = _decay_gradient(plan, starts, weights.kept, passed, out)
+    ddecay = jnp.swapaxes(ddecay, 1, 2)[:, :q.shape[1]]
+  dq, dk, dv = (out[name][:, :q.shape[1]] for name in ('dq', 'dk', 'dv'))
+  return chunked.Operands(dq, dk, dv, ddecay, dS['last'], dS.get('z_last'))
+
+
+def _reverse_scales(plan, weights, inverse, delta):
+  """What the gradients of the states weigh queries with, see _scales."""
+  before, kept = weights.before, weights.kept
+  if inverse is None:
+    if before is None:
+      return None
+    scale, more = jnp.repeat(before, plan.G, axis=1), ()
+  else:
+    scale = _chunks(plan, inverse)
+    if before is not None:
+      before = jnp.repeat(before, plan.G, axis=1)
+      scale = jnp.where(before > 0, before * scale, 0.0)
+    delta = _chunks(plan, delta)
+    more = (jnp.where(scale != 0, -scale * delta, 0.0),)
+  # The first of a group forgets for all.
+  every = jnp.ones(scale.shape[:-1])
+  if kept is not None:
+    every = every.at[:, ::plan.G].set(kept)
+  return _scales(scale, every, *more)
+
+
+def _decay_gradient(plan, starts, kept, passed, sums):
+  """[B,K,chunks*CHUNK]: each step's decay is in all spans that it lies in.
+
+  Args:
+    plan: hopper.Plan.
+    starts: [B,T] or None.
+    kept: [B,K,chunks], the decay from state to state.
+    passed: [B,K,chunks], its gradient.
+    sums: 'rows', 'columns' and 'ends' of gpu_backward.gradients.
+  """
+  rows, columns, ends = (
+      _chunks(plan, sums[name]) for name in ('rows', 'columns', 'ends'))
+  step = jnp.arange(CHUNK)
+  later, earlier = step >= step[:, None], step < step[:, None]
+  first = jnp.zeros((1, 1, 1, CHUNK), bool)
+  if starts is not None:
+    first = _chunks(plan, starts)[:, None]
+    ids = jnp.cumsum(first, axis=-1)
+    same = ids[..., None, :] == ids[..., None]
+    later, earlier = later & same, earlier & same
+  # Spans that end from here on, less those of them that start from here on.
+  masked = lambda mask, x: jnp.sum(jnp.where(mask, x[..., None, :], 0.0), -1)
+  total = masked(later, rows - columns) + masked(earlier, ends)
+  total += jnp.where(kept > 0, kept * passed, 0.0)[..., None]
+  return jnp.where(first, 0.0, total).reshape(*kept.shape[:2], -1)
 
 
 def _plan(q, k, normalize):
@@ -155,8 +237,7 @@ def _spans(logs):
 def _scales(weights, kept, *more):
   """The rows that gpu_states.states takes: weights, kept, more or none."""
   rows = [weights, jnp.broadcast_to(kept[..., None], weights.shape)]
-  rows += [x for x in more if x is not None]
-  rows = jnp.stack(rows, axis=-2)
+  rows = jnp.stack([*rows, *more], axis=-2)
   return rows.reshape(*rows.shape[:2], -1, CHUNK)
 
 
