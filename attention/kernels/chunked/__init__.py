@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from attention.kernels import arguments, dispatch
 
 
-IMPLEMENTATIONS = ('xla', 'tpu')
+IMPLEMENTATIONS = ('xla', 'tpu', 'gpu')
 
 
 class Operands(NamedTuple):
