@@ -162,10 +162,12 @@ def compile_for(chip, dump, function, *shapes):
   jax.jit(function).lower(*arguments).compile()
 
 
-def sizes(chip, T, H, backward):
+def sizes(chip, T, H, backward, window=0, packed=False):
   """The blocks that our kernels take on a chip."""
   tpu_blocks.generation = lambda: chip
-  return tpu_blocks.block_sizes(T, T, widest=H, itemsize=2, backward=backward)
+  return tpu_blocks.block_sizes(
+      T, T, widest=H, itemsize=2, backward=backward, window=window,
+      packed=packed)
 
 
 def ours(chip, dump, T, H, backward, ids=False, **options):
@@ -173,9 +175,9 @@ def ours(chip, dump, T, H, backward, ids=False, **options):
 
   With ids the cycles are those of one document: no block is left out.
   """
-  blocks = sizes(chip, T, H, backward)
   options = dict(dict(scale=H ** -0.5, causal=True, window=0, softcap=0.0),
                  **options)
+  blocks = sizes(chip, T, H, backward, options['window'], ids)
   operand = ((1, T, HEADS, H), jnp.bfloat16)
   row = ((1, HEADS, T), jnp.float32)
   segments = ((1, T), jnp.int32)

@@ -27,13 +27,15 @@ class Blocks(NamedTuple):
   """What one grid step computes, and how it is cut for the scheduler.
 
   A step works on q queries and k keys in tiles of tile_q by tile_k. The scores
-  of `ahead` tiles are computed before the first one is exponentiated.
+  of `ahead` tiles are computed before the first one is exponentiated. With
+  mxu_sums, the matrix unit adds up the exponentials.
   """
   q: int
   k: int
   tile_q: int
   tile_k: int
   ahead: int
+  mxu_sums: bool = False
 
 
 # Bytes of VMEM of one core.
@@ -58,9 +60,15 @@ _TABLE = (
     ((), 0, 4, Blocks(256, 256, 128, 128, 2), Blocks(256, 256, 128, 256, 1)),
     ((), 129, 2, Blocks(512, 512, 256, 128, 4), Blocks(256, 256, 128, 256, 2)),
     (('v6e', '7x'), 0, 2,
-     Blocks(512, 512, 256, 256, 3), Blocks(512, 512, 256, 512, 1)),
-    ((), 0, 2, Blocks(512, 512, 256, 128, 4), Blocks(512, 512, 128, 512, 2)),
+     Blocks(1024, 1024, 256, 256, 5, mxu_sums=True),
+     Blocks(1024, 1024, 256, 512, 1)),
+    ((), 0, 2,
+     Blocks(1024, 1024, 256, 128, 4), Blocks(1024, 1024, 128, 512, 2)),
 )
+
+
+# Longest block of packed documents, and least bound that a window sets.
+_PACKED, _SHORTEST = 512, 256
 
 
 def generation():
@@ -76,7 +84,7 @@ def vmem_bytes():
   return _VMEM.get(generation(), min(_VMEM.values()))
 
 
-def block_sizes(T, S, *, widest, itemsize, backward):
+def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
   """Returns the Blocks for T queries and S keys of a head.
 
   Args:
@@ -86,15 +94,29 @@ def block_sizes(T, S, *, widest, itemsize, backward):
     widest: the wider of H and V.
     itemsize: bytes of an element of q, k and v.
     backward: whether for the backward kernel.
+    window: as for flash_attention.
+    packed: whether there are segments.
   """
   chip = generation()
-  q, k, tile_q, tile_k, ahead = next(
+  blocks = next(
       blocks[backward] for chips, width, size, *blocks in _TABLE
       if widest >= width and itemsize >= size and (not chips or chip in chips))
-  q, k = min(q, round_up(T, 128)), min(k, round_up(S, 128))
-  tile_q, tile_k = min(q, tile_q), min(k, tile_k)
-  return Blocks(q, k, tile_q if q % tile_q == 0 else 128,
-                tile_k if k % tile_k == 0 else 128, ahead)
+  # Blocks that the mask cuts are computed whole: none is longer than a window,
+  # or than documents often are.
+  most = _PACKED if packed else max(T, S)
+  if window:
+    most = min(most, max(window, _SHORTEST))
+  q, k = _even(T, min(blocks.q, most)), _even(S, min(blocks.k, most))
+  tile_q, tile_k = min(q, blocks.tile_q), min(k, blocks.tile_k)
+  return blocks._replace(
+      q=q, k=k, tile_q=tile_q if q % tile_q == 0 else 128,
+      tile_k=tile_k if k % tile_k == 0 else 128)
+
+
+def _even(length, most):
+  """Cuts a length in blocks of up to round_up(most, 128), with a small end."""
+  blocks = pl.cdiv(length, round_up(most, 128))
+  return round_up(pl.cdiv(length, blocks), 128)
 
 
 def round_up(x, multiple):
@@ -254,8 +276,8 @@ class Launch:
     self.B, self.T, self.N, H = q.shape
     S, self.K, V = v.shape[1:]
     sizes = functools.partial(
-        block_sizes, S=S, widest=max(H, V),
-        itemsize=q.dtype.itemsize, backward=backward)
+        block_sizes, S=S, widest=max(H, V), itemsize=q.dtype.itemsize,
+        backward=backward, window=options['window'], packed=q_ids is not None)
     # A few queries (decoding): those of a whole group share one block, so
     # that K and V are read once and not G times.
     self.G = self.N // self.K
