@@ -36,7 +36,7 @@ from attention.kernels.flash.tpu_blocks import EMPTY, PARTIAL, TRIANGLE
 _LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)
 
-# Rows of ones under v^T, whose products with p are the sums of p: a packed tile.
+# Rows of ones under v^T, whose products with p are its sums: a packed tile.
 _ONES = 16
 
 # Contractions of matmuls, by the dimensions they sum over: a b, a b^T.
