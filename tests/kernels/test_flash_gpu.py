@@ -32,7 +32,7 @@ FEATURES = {
     'window': dict(window=1024), 'softcap': dict(softcap=50.0),
     'segments': dict(segments=True),
     'everything': dict(window=1024, softcap=50.0, segments=True)}
-# Bytes that dkv spills: softcap's slope wants six registers more than there are.
+# Bytes that dkv spills: the slope of a softcap wants six more registers.
 SPILLS = {('softcap', 128): 24, ('everything', 128): 24}
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, 'InterpretGPUParams'),

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attention.kernels.flash import tpu_blocks
+from attention.kernels.flash import tpu_blocks, tpu_launch
 from attention.kernels.flash.tpu_blocks import EMPTY, PARTIAL, TRIANGLE
 
 _LOG2E = math.log2(math.e)
@@ -76,10 +76,10 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
 def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
             softcap):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
-  call = tpu_blocks.Launch(
+  call = tpu_launch.Launch(
       q, k, v, q_ids, kv_ids, q_offset, backward=False, scale=scale,
       causal=causal, window=window, softcap=softcap)
-  queries, V = call.blocks.q, tpu_blocks.padded_width(v)
+  queries, V = call.blocks.q, tpu_launch.padded_width(v)
   row = pltpu.VMEM((1, queries), jnp.float32)
   out, lse = call.run(
       _forward_kernel,
@@ -115,9 +115,9 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
 def _gradients(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, dq_dtype,
                **options):
   """Returns dq, dk and dv for as many keys as fit in VMEM."""
-  call = tpu_blocks.Launch(
+  call = tpu_launch.Launch(
       q, k, v, q_ids, kv_ids, q_offset, backward=True, **options)
-  H, V = tpu_blocks.padded_width(k), tpu_blocks.padded_width(v)
+  H, V = tpu_launch.padded_width(k), tpu_launch.padded_width(v)
   dq, dk, dv = call.run(
       _backward_kernel,
       [call.queries(q), call.keys(k), call.keys(v), call.queries(dout),
@@ -186,7 +186,7 @@ def _seen(spec, queries, keys, i, j, ids):
   """The mask [keys, queries] of a tile of a block.
 
   Args:
-    spec: tpu_blocks.Spec.
+    spec: tpu_launch.Spec.
     queries: slice of the queries of the block.
     keys: slice of its keys.
     i: position of the first query of the block, counted from key 0.
