@@ -32,8 +32,8 @@ FEATURES = {
     'window': dict(window=1024), 'softcap': dict(softcap=50.0),
     'segments': dict(segments=True),
     'everything': dict(window=1024, softcap=50.0, segments=True)}
-# Bytes that dkv spills: its sums leave softcap a few registers too few.
-SPILLS = {('softcap', 128): 32, ('everything', 128): 32}
+# Bytes that dkv spills: the slope of a softcap wants six more registers.
+SPILLS = {('softcap', 128): 24, ('everything', 128): 24}
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, 'InterpretGPUParams'),
     reason='the interpreter of jax before 0.12 knows no register layouts')
@@ -114,7 +114,10 @@ def cast(arguments, cotangents, dtype, wide=jnp.float32):
 
 
 def compare(row, dtype=jnp.bfloat16):
-  """At most twice the error of rounding the reference's inputs and outputs."""
+  """At most twice the error of rounding the reference's inputs and outputs.
+
+  The gradient of a sink is made of out as it was rounded: a unit more.
+  """
   arguments, cotangents = cast(*make(row), dtype)
   actual = run(
       row, functools.partial(flash_attention, implementation='gpu'),
@@ -132,6 +135,9 @@ def compare(row, dtype=jnp.bfloat16):
     error, allowed = (
         np.sqrt(np.mean((x.astype(np.float64) - e) ** 2)) if e.size else 0.0
         for x in (a, r))
+    if name == 'dsink':
+      unit = float(jnp.finfo(dtype).eps) / 2
+      allowed += unit / 2 * np.sqrt(np.mean(e ** 2))
     assert error <= 2 * allowed + 1e-6, f'{name}: {error:.1e} > 2 {allowed:.1e}'
 
 

@@ -160,6 +160,37 @@ def test_huge_scores_stay_finite(interpreted, small_blocks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('softcap', [50.0, 60.0])
+def test_softcap_is_exact_at_both_ends(softcap, interpreted, small_blocks):
+  """With the maximum that is known up to 50, and the one that is found."""
+  row = Row('', softcap=softcap, N=2, K=1)
+  (q, k, *others), cotangents = test_flash.make(row)
+  # Every score is at the lower bound, but for a fifth at the upper one.
+  q, k = np.abs(q) * np.float32(1e4), -np.abs(k)
+  k[:, 3::5] *= -1
+  arguments = (q, k, *others)
+  actual = test_flash.run(
+      row, test_flash.through('tpu'), arguments, cotangents)
+  wanted = test_flash.run(
+      row, test_flash.reference.attention, arguments, cotangents)
+  for name, a, e in zip(test_flash.NAMES, actual, wanted):
+    assert oracle.relative_rms(a, e) <= 2e-6, name
+
+
+@pytest.mark.parametrize('T, options, expected', [
+    (8192, {}, 1024), (1100, {}, 640), (700, {}, 768), (100, {}, 128),
+    (4096, {'window': 500}, 512), (4096, {'window': 9}, 256),
+    (4096, {'packed': True}, 512),
+], ids=str)
+def test_blocks_suit_the_length_and_the_mask(T, options, expected, monkeypatch):
+  monkeypatch.setattr(tpu_blocks, 'generation', lambda: 'v5e')
+  blocks = tpu_blocks.block_sizes(
+      T, T, widest=128, itemsize=2, backward=False, **options)
+  assert blocks.q == blocks.k == expected
+  assert expected % blocks.tile_q == expected % blocks.tile_k == 0
+
+
+@pytest.mark.slow
 def test_composes_with_scan(interpreted, small_blocks, monkeypatch):
   """The interpreter's callbacks allow neither checkpoint nor vmap."""
   test_flash.test_composes_with('scan', 'tpu', monkeypatch)

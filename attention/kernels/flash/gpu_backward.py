@@ -207,10 +207,12 @@ def _visit_queries(plan, smem, warpgroup, row, accs, step, block, head, masked,
         plan, row, hopper.by_column(smem.positions, slot, s.shape),
         hopper.load_ids(plan, smem, warpgroup, slot))
     p = jnp.where(seen, p, 0.0)
+  rounded = p.astype(smem.q.dtype)
+  # Here, not below: the slope would be kept across a product.
+  p = p if slope is None else p * slope
   if 'dv' in accs:
-    plgpu.wgmma(accs['dv'], p.astype(smem.q.dtype), smem.dout.at[slot])
+    plgpu.wgmma(accs['dv'], rounded, smem.dout.at[slot])
   if 'dk' in accs:
-    p = p if slope is None else p * slope
     dp, = hopper.products((smem.v.at[warpgroup], smem.dout.at[slot]))
     ds = p * (dp - hopper.by_column(smem.delta, slot, s.shape))
     plgpu.wgmma(accs['dk'], ds.astype(smem.q.dtype), smem.q.at[slot])

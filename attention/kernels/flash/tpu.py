@@ -30,11 +30,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attention.kernels.flash import tpu_blocks
+from attention.kernels.flash import tpu_blocks, tpu_launch
 from attention.kernels.flash.tpu_blocks import EMPTY, PARTIAL, TRIANGLE
 
 _LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)
+
+# Rows of ones under v^T, whose products with p are its sums: a packed tile.
+_ONES = 16
 
 # Contractions of matmuls, by the dimensions they sum over: a b, a b^T.
 _NN, _NT = (1, 0), (1, 1)
@@ -54,7 +57,8 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
         f'H ({H}) and V ({V}): the TPU kernels take widths up to 256')
   for backward in (False, True):
     blocks = tpu_blocks.block_sizes(
-        T, S, widest=max(H, V), itemsize=q.dtype.itemsize, backward=backward)
+        T, S, widest=max(H, V), itemsize=q.dtype.itemsize, backward=backward,
+        window=window, packed=segment_ids is not None)
     if max(pl.cdiv(T, blocks.q), pl.cdiv(S, blocks.k)) > tpu_blocks.MAX_BLOCKS:
       raise NotImplementedError(
           f'T ({T}) and S ({S}): the TPU kernels take up to '
@@ -72,10 +76,10 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
 def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
             softcap):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
-  call = tpu_blocks.Launch(
+  call = tpu_launch.Launch(
       q, k, v, q_ids, kv_ids, q_offset, backward=False, scale=scale,
       causal=causal, window=window, softcap=softcap)
-  queries, V = call.blocks.q, tpu_blocks.padded_width(v)
+  queries, V = call.blocks.q, tpu_launch.padded_width(v)
   row = pltpu.VMEM((1, queries), jnp.float32)
   out, lse = call.run(
       _forward_kernel,
@@ -111,9 +115,9 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
 def _gradients(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, dq_dtype,
                **options):
   """Returns dq, dk and dv for as many keys as fit in VMEM."""
-  call = tpu_blocks.Launch(
+  call = tpu_launch.Launch(
       q, k, v, q_ids, kv_ids, q_offset, backward=True, **options)
-  H, V = tpu_blocks.padded_width(k), tpu_blocks.padded_width(v)
+  H, V = tpu_launch.padded_width(k), tpu_launch.padded_width(v)
   dq, dk, dv = call.run(
       _backward_kernel,
       [call.queries(q), call.keys(k), call.keys(v), call.queries(dout),
@@ -153,6 +157,16 @@ def _scores(spec, keys, queries):
   return bounded * (spec.softcap * _LOG2E), 1 - bounded * bounded
 
 
+def _known_top(spec):
+  """A maximum in log 2 that need not be looked for, or None.
+
+  Under a softcap of up to 50, every exponential against this one is between
+  2^-116 and 2^30, and so are float32's sums of more keys than there can be.
+  """
+  bound = spec.softcap * _LOG2E
+  return bound - 30 if 0 < bound <= 73 else None
+
+
 def _tiles(spec, kind):
   """Yields the tiles of a block: (queries, keys, masked), with slices."""
   blocks = spec.blocks
@@ -172,7 +186,7 @@ def _seen(spec, queries, keys, i, j, ids):
   """The mask [keys, queries] of a tile of a block.
 
   Args:
-    spec: tpu_blocks.Spec.
+    spec: tpu_launch.Spec.
     queries: slice of the queries of the block.
     keys: slice of its keys.
     i: position of the first query of the block, counted from key 0.
@@ -216,7 +230,8 @@ def _forward_kernel(words, q_offset, q, k, v, *refs, spec):
 
   @pl.when(first)
   def _():
-    top[...] = jnp.full_like(top, _LOWEST)
+    known = _known_top(spec)
+    top[...] = jnp.full_like(top, _LOWEST if known is None else known)
     total[...] = jnp.zeros_like(total)
     acc[...] = jnp.zeros_like(acc)
 
@@ -239,6 +254,9 @@ def _forward_block(spec, kind, i, j, ids, q, k, v, top, total, acc):
   """Takes one block of keys into top, total [1,q] and acc [V,q]."""
   tiles = list(_tiles(spec, kind))
   turned = v[...].T
+  if spec.blocks.mxu_sums:
+    ones = jnp.ones((_ONES, turned.shape[1]), turned.dtype)
+    turned = jnp.concatenate([turned, ones])
   scores = {}
 
   def start(t):
@@ -255,16 +273,25 @@ def _forward_block(spec, kind, i, j, ids, q, k, v, top, total, acc):
       seen = _seen(spec, queries, keys, i, j, ids)
       s = jnp.where(seen, s, _LOWEST)
     m = top[:, queries]
-    new_m = jnp.maximum(m, jnp.max(s, axis=0, keepdims=True))
+    new_m = m
+    if _known_top(spec) is None:
+      new_m = jnp.maximum(m, jnp.max(s, axis=0, keepdims=True))
     p = jnp.exp2(s - new_m)
     if masked:
       p = jnp.where(seen, p, 0.0)
-    kept = jnp.exp2(m - new_m)
-    top[:, queries] = new_m
-    total[:, queries] = (
-        total[:, queries] * kept + jnp.sum(p, axis=0, keepdims=True))
-    acc[:, queries] = (
-        acc[:, queries] * kept + _dot(turned[:, keys], p.astype(v.dtype), _NN))
+    product = _dot(turned[:, keys], p.astype(v.dtype), _NN)
+    width = acc.shape[0]
+    if spec.blocks.mxu_sums:
+      sums = product[width:width + 1]
+    else:
+      sums = jnp.sum(p, axis=0, keepdims=True)
+    if new_m is not m:
+      kept = jnp.exp2(m - new_m)
+      top[:, queries] = new_m
+      total[:, queries] *= kept
+      acc[:, queries] *= kept
+    total[:, queries] += sums
+    acc[:, queries] += product[:width]
 
 
 def _backward_kernel(words, q_offset, q, k, v, dout, rows, *refs, spec):

@@ -1,9 +1,7 @@
-"""How the TPU kernels cut their work: sizes, order of visits, launch."""
+"""How the TPU kernels cut their work: sizes of blocks, order of visits."""
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -27,13 +25,15 @@ class Blocks(NamedTuple):
   """What one grid step computes, and how it is cut for the scheduler.
 
   A step works on q queries and k keys in tiles of tile_q by tile_k. The scores
-  of `ahead` tiles are computed before the first one is exponentiated.
+  of `ahead` tiles are computed before the first one is exponentiated. With
+  mxu_sums, the matrix unit adds up the exponentials.
   """
   q: int
   k: int
   tile_q: int
   tile_k: int
   ahead: int
+  mxu_sums: bool = False
 
 
 # Bytes of VMEM of one core.
@@ -43,13 +43,17 @@ _VMEM = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,
 # The first row that fits is taken: generations (none is any), least width of
 # the wider of H and V, least itemsize, then forward and backward blocks.
 #
-# The last two rows were chosen by benchmarks/tpu_cycles.py. 512 by 512 scores
-# are enough work to hide the fetch of a block (two of 128 KB in 1,100 cycles on
-# v5e) and the 100 to 200 scalar cycles of a grid step, and few enough to leave
-# the diagonal thin; a body is unrolled, so that larger blocks make a longer
-# program. Four of the five matmuls of the backward pass have queries as their
-# weights, which a tile of all keys loads once. The matrix units of v6e and 7x
-# are 256 wide, twice those of the others, and want tiles that fill them.
+# The last three rows were chosen by benchmarks/tpu_cycles.py. A body begins
+# with products alone and ends with exponentials alone, some 200 bundles in
+# which other units wait, and a step takes 100 to 200 scalar cycles: 1,024 by
+# 1,024 scores pay for both a quarter as often as 512 by 512, and tiles keep the
+# diagonal thin. A body is unrolled: larger blocks would make programs of tens
+# of thousands of bundles. A v4 has no VMEM for the spills, scores that wait for
+# the vector unit. Four of the five matmuls of the backward pass have queries as
+# their weights, which tiles of many keys load seldom. The matrix units of v6e
+# and 7x are 256 wide, twice those of the others, and want tiles that fill them;
+# then forward waits for the vector unit, and sums by the matrix unit save a
+# tenth of the time, where elsewhere they would cost 3%.
 #
 # The rows above were not: wide heads and float32 (six passes of the matrix unit
 # for each product) get smaller blocks to keep programs short and fit in VMEM.
@@ -58,9 +62,16 @@ _TABLE = (
     ((), 0, 4, Blocks(256, 256, 128, 128, 2), Blocks(256, 256, 128, 256, 1)),
     ((), 129, 2, Blocks(512, 512, 256, 128, 4), Blocks(256, 256, 128, 256, 2)),
     (('v6e', '7x'), 0, 2,
-     Blocks(512, 512, 256, 256, 3), Blocks(512, 512, 256, 512, 1)),
+     Blocks(1024, 1024, 256, 256, 5, mxu_sums=True),
+     Blocks(1024, 1024, 256, 512, 1)),
+    (('v5e', 'v5p'), 0, 2,
+     Blocks(1024, 1024, 256, 128, 4), Blocks(1024, 1024, 128, 512, 2)),
     ((), 0, 2, Blocks(512, 512, 256, 128, 4), Blocks(512, 512, 128, 512, 2)),
 )
+
+
+# Longest block of packed documents, and least bound that a window sets.
+_PACKED, _SHORTEST = 512, 256
 
 
 def generation():
@@ -76,7 +87,7 @@ def vmem_bytes():
   return _VMEM.get(generation(), min(_VMEM.values()))
 
 
-def block_sizes(T, S, *, widest, itemsize, backward):
+def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
   """Returns the Blocks for T queries and S keys of a head.
 
   Args:
@@ -86,15 +97,29 @@ def block_sizes(T, S, *, widest, itemsize, backward):
     widest: the wider of H and V.
     itemsize: bytes of an element of q, k and v.
     backward: whether for the backward kernel.
+    window: as for flash_attention.
+    packed: whether there are segments.
   """
   chip = generation()
-  q, k, tile_q, tile_k, ahead = next(
+  blocks = next(
       blocks[backward] for chips, width, size, *blocks in _TABLE
       if widest >= width and itemsize >= size and (not chips or chip in chips))
-  q, k = min(q, round_up(T, 128)), min(k, round_up(S, 128))
-  tile_q, tile_k = min(q, tile_q), min(k, tile_k)
-  return Blocks(q, k, tile_q if q % tile_q == 0 else 128,
-                tile_k if k % tile_k == 0 else 128, ahead)
+  # Blocks that the mask cuts are computed whole: none is longer than a window,
+  # or than documents often are.
+  most = _PACKED if packed else max(T, S)
+  if window:
+    most = min(most, max(window, _SHORTEST))
+  q, k = _even(T, min(blocks.q, most)), _even(S, min(blocks.k, most))
+  tile_q, tile_k = min(q, blocks.tile_q), min(k, blocks.tile_k)
+  return blocks._replace(
+      q=q, k=k, tile_q=tile_q if q % tile_q == 0 else 128,
+      tile_k=tile_k if k % tile_k == 0 else 128)
+
+
+def _even(length, most):
+  """Cuts a length in blocks of up to round_up(most, 128), with a small end."""
+  blocks = pl.cdiv(length, round_up(most, 128))
+  return round_up(pl.cdiv(length, blocks), 128)
 
 
 def round_up(x, multiple):
@@ -231,156 +256,3 @@ def _range(ids, size):
   ids = jnp.pad(ids, ((0, 0), (0, -T % size)), mode='edge')
   ids = ids.reshape(B, -1, size)
   return ids.min(2), ids.max(2)
-
-
-class Spec(NamedTuple):
-  """What a kernel is specialised to."""
-  blocks: Blocks
-  kinds: tuple
-  listed: int  # visits in a row of the list, 0 if one row serves the batch
-  S: int
-  folded: int  # T where a block holds all queries of a group, else 0
-  scale: float
-  causal: bool
-  window: int
-  softcap: float
-  ids: bool
-
-
-class Launch:
-  """One kernel launch: layouts, block specs and grid."""
-
-  def __init__(self, q, k, v, q_ids, kv_ids, q_offset, *, backward, **options):
-    self.B, self.T, self.N, H = q.shape
-    S, self.K, V = v.shape[1:]
-    sizes = functools.partial(
-        block_sizes, S=S, widest=max(H, V),
-        itemsize=q.dtype.itemsize, backward=backward)
-    # A few queries (decoding): those of a whole group share one block, so
-    # that K and V are read once and not G times.
-    self.G = self.N // self.K
-    rows = self.G * self.T
-    folded = self.G > 1 and sizes(rows).q >= rows
-    if folded:
-      self.G = 1
-      q_ids = None if q_ids is None else jnp.tile(q_ids, (1, rows // self.T))
-    self.n_rows = rows if folded else self.T
-    self.blocks = sizes(self.n_rows)
-    self.n_queries = round_up(self.n_rows, self.blocks.q)
-    self.n_keys = round_up(S, self.blocks.k)
-    self.visits = visits(
-        self.blocks, self.T, S, q_ids, kv_ids, q_offset,
-        causal=options['causal'], window=options['window'], folded=folded)
-    batches, listed = self.visits.words.shape
-    self.spec = Spec(
-        self.blocks, self.visits.kinds, listed if batches > 1 else 0, S,
-        folded=self.T if folded else 0, ids=q_ids is not None, **options)
-    self.q_offset = jnp.asarray(q_offset, jnp.int32).reshape(1)
-    self.ids = []
-    if q_ids is not None:
-      self.ids = [
-          (_pad(q_ids[:, None], 2, self.n_queries), self._spec(
-              (None, 1, self.blocks.q), lambda b, n, h, i, j: (b, 0, i))),
-          (_pad(kv_ids[:, None], 2, self.n_keys), self._spec(
-              (None, 1, self.blocks.k), lambda b, n, h, i, j: (b, 0, j)))]
-
-  def _spec(self, shape, index):
-    """A block chosen by batch, query head, key head, query and key block."""
-    G, listed = self.G, self.spec.listed
-
-    def index_map(b, h, g, step, words, _):
-      i, j, *_ = unpack(words[b * listed + step])
-      return index(b, h * G + g, h, i, j)
-
-    return pl.BlockSpec(shape, index_map)
-
-  def queries(self, x):
-    """[B,T,N,H] -> ([B,heads,rows,H], its block)."""
-    x = jnp.swapaxes(x, 1, 2).reshape(self.B, self.K * self.G, self.n_rows, -1)
-    x = _pad(_pad(x, 2, self.n_queries), 3, padded_width(x))
-    return x, self._spec((None, None, self.blocks.q, x.shape[3]),
-                         lambda b, n, h, i, j: (b, n, i, 0))
-
-  def rows(self, *arrays):
-    """[B,N,T] each -> ([B,heads,arrays,rows], its block)."""
-    x = jnp.stack([x.reshape(self.B, self.K * self.G, self.n_rows)
-                   for x in arrays], axis=2)
-    return _pad(x, 3, self.n_queries), self._spec(
-        (None, None, len(arrays), self.blocks.q),
-        lambda b, n, h, i, j: (b, n, 0, i))
-
-  def keys(self, x):
-    """[B,S,K,H] -> ([B,K,keys,H], its block)."""
-    x = _pad(_pad(jnp.swapaxes(x, 1, 2), 2, self.n_keys), 3, padded_width(x))
-    return x, self._spec((None, None, self.blocks.k, x.shape[3]),
-                         lambda b, n, h, i, j: (b, h, j, 0))
-
-  def out_queries(self, width, dtype):
-    shape = (self.B, self.K * self.G, self.n_queries, width)
-    return jax.ShapeDtypeStruct(shape, dtype), self._spec(
-        (None, None, self.blocks.q, width), lambda b, n, h, i, j: (b, n, i, 0))
-
-  def out_rows(self):
-    shape = (self.B, self.K * self.G, 1, self.n_queries)
-    return jax.ShapeDtypeStruct(shape, jnp.float32), self._spec(
-        (None, None, 1, self.blocks.q), lambda b, n, h, i, j: (b, n, 0, i))
-
-  def out_keys(self, width, dtype):
-    """All keys of a head, written once."""
-    shape = (self.B, self.K, self.n_keys, width)
-    return jax.ShapeDtypeStruct(shape, dtype), self._spec(
-        (None, None, self.n_keys, width), lambda b, n, h, i, j: (b, h, 0, 0))
-
-  def restore(self, x, width):
-    """[B,heads,rows,H] -> [B,T,N,H]; [B,heads,1,rows] -> [B,N,T]."""
-    if width is None:
-      return x[:, :, 0, :self.n_rows].reshape(self.B, self.N, self.T)
-    x = x[:, :, :self.n_rows, :width]
-    return jnp.swapaxes(x.reshape(self.B, self.N, self.T, width), 1, 2)
-
-  def run(self, kernel, inputs, outputs, scratch, *, name, products):
-    """Launches a kernel.
-
-    Args:
-      kernel: of the refs of visits, q_offset, inputs, ids, outputs and scratch.
-      inputs: (array, spec) pairs.
-      outputs: (shape, spec) pairs.
-      scratch: shapes.
-      name: of the kernel.
-      products: multiplications for each score, of all its matmuls.
-    """
-    inputs, in_specs = zip(*inputs, *self.ids)
-    shapes, out_specs = zip(*outputs)
-    scores = (self.B * self.K * self.G * self.visits.words.shape[1]
-              * self.blocks.q * self.blocks.k)
-    return pl.pallas_call(
-        functools.partial(kernel, spec=self.spec),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(self.B, self.K, self.G, self.visits.steps),
-            in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch),
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(
-                'parallel', 'parallel', 'arbitrary', 'arbitrary'),
-            vmem_limit_bytes=vmem_bytes(),
-            # Arrays are padded to whole blocks.
-            disable_bounds_checks=True),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * scores * products, transcendentals=scores,
-            bytes_accessed=sum(
-                x.size * x.dtype.itemsize for x in (*inputs, *shapes))),
-        name=name,
-    )(jnp.asarray(self.visits.words).reshape(-1), self.q_offset, *inputs)
-
-
-def _pad(x, axis, size):
-  """Pads the end of an axis with zeros."""
-  pads = [(0, 0)] * x.ndim
-  pads[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, pads) if pads[axis][1] else x
-
-
-def padded_width(x):
-  """The last dimension in the kernel: whole sublanes when turned over."""
-  return round_up(x.shape[-1], 16)
