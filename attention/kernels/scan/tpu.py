@@ -135,10 +135,12 @@ class _Launch:
       self.inputs['h0'] = self.start(h0)
     if starts is not None:
       starts = _padded(starts.astype(jnp.int32), (self.B, self.T))
-      self.inputs['starts'] = (
-          starts.reshape(self.B, chunks, 1, chunk),
-          self._block((rows, None, 1, chunk), lambda b, p, t, e: (b, t, 0, 0),
-                      memory_space=pltpu.SMEM))
+      starts = starts.reshape(self.B, chunks, 1, chunk)
+      # Behind a chunk's starts stands their number.
+      starts = jnp.append(starts, starts.sum(3, keepdims=True), axis=3)
+      self.inputs['starts'] = starts, self._block(
+          (rows, None, 1, chunk + 1), lambda b, p, t, e: (b, t, 0, 0),
+          memory_space=pltpu.SMEM)
 
   def _block(self, shape, index, **kwargs):
     """A block chosen by rows, part, chunk and block of all channels."""

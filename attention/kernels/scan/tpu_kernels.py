@@ -99,16 +99,16 @@ def forward(*refs, spec):
   ref['states'][...] = h[...]
   _rows(spec, functools.partial(_before, spec, ref, at))
 
-  def piece(i, states):
-    def project(k, each):
-      for g, (r, _) in enumerate(spec.streams):
-        _put(ref['part'], g, k, each[g][1] * ref['each_C'][r, i * STEPS + k])
-    states = _advance(spec, ref, i, states, project)
-    _collect(spec, ref['part'], ref['s'], i)
-    return states
+  def scan(ref):
+    def piece(i, states):
+      states = _advance(spec, ref, i, states, functools.partial(
+          _project, spec, ref, i))
+      _collect(spec, ref['part'], ref['s'], i)
+      return states
+    _store(spec, h, jax.lax.fori_loop(
+        0, spec.pieces, piece, _load(spec, h)))
 
-  states = jax.lax.fori_loop(0, spec.pieces, piece, _load(spec, h))
-  _store(spec, h, states)
+  _where_starts(spec, ref, scan)
   _rows(spec, functools.partial(_after, ref))
 
   @pl.when(at.last)
@@ -139,27 +139,7 @@ def backward(*refs, spec):
 
   _rows(spec, functools.partial(_before, spec, ref, at, sum_D=sums['D']))
 
-  def again(i, h):
-    def keep(k, each):
-      for g, (r, _) in enumerate(spec.streams):
-        before, after = each[g]
-        ref['all'][i * STEPS + k, g] = before
-        if 's' in ref:
-          _put(ref['part'], g, k, after * ref['each_C'][r, i * STEPS + k])
-    h = _advance(spec, ref, i, h, keep)
-    if 's' in ref:
-      _collect(spec, ref['part'], ref['s'], i)
-    return h
-
-  h = jax.lax.fori_loop(0, spec.pieces, again, _load(spec, ref['states']))
-  for g, state in enumerate(h):
-    ref['all'][spec.chunk, g] = state
-  carry = jax.lax.fori_loop(
-      0, spec.pieces,
-      lambda i, carry: _retreat(spec, ref, spec.pieces - 1 - i, *carry),
-      (_load(spec, sums['h']), _load(spec, sums['A'])))
-  _store(spec, sums['h'], carry[0])
-  _store(spec, sums['A'], carry[1])
+  _where_starts(spec, ref, functools.partial(_backward_steps, spec, sums))
   _rows(spec, functools.partial(
       _after_backward, spec, ref, at, sums['dt_bias']))
 
@@ -171,6 +151,44 @@ def backward(*refs, spec):
     ref['ddt_bias'][...] = sums['dt_bias'][...]
 
   pl.when(last_block)(lambda: _gather(spec, ref))
+
+
+def _backward_steps(spec, sums, ref):
+  """Recomputes the states of a chunk, and walks back through it."""
+  def again(i, h):
+    def keep(k, each):
+      for g, (before, _) in enumerate(each):
+        ref['all'][i * STEPS + k, g] = before
+      if 's' in ref:
+        _project(spec, ref, i, k, each)
+    h = _advance(spec, ref, i, h, keep)
+    if 's' in ref:
+      _collect(spec, ref['part'], ref['s'], i)
+    return h
+
+  h = jax.lax.fori_loop(0, spec.pieces, again, _load(spec, ref['states']))
+  for g, state in enumerate(h):
+    ref['all'][spec.chunk, g] = state
+  dh, dA = jax.lax.fori_loop(
+      0, spec.pieces,
+      lambda i, carry: _retreat(spec, ref, spec.pieces - 1 - i, *carry),
+      (_load(spec, sums['h']), _load(spec, sums['A'])))
+  _store(spec, sums['h'], dh)
+  _store(spec, sums['A'], dA)
+
+
+def _where_starts(spec, ref, body):
+  """Calls body(ref), without the starts where the chunk has none.
+
+  A start costs a selection for every state, at every step of the chunk.
+  """
+  if 'starts' not in ref:
+    body(ref)
+    return
+  plain = {name: ref[name] for name in ref if name != 'starts'}
+  number = sum(ref['starts'][r, 0, spec.chunk] for r in range(spec.rows))
+  pl.when(number > 0)(lambda: body(ref))
+  pl.when(number == 0)(lambda: body(plain))
 
 
 def _advance(spec, ref, i, states, visit):
@@ -197,6 +215,12 @@ def _advance(spec, ref, i, states, visit):
       each.append((before, states[g]))
     visit(k, each)
   return tuple(states)
+
+
+def _project(spec, ref, i, k, each):
+  """Begins the sums of h C of a step; `each` as `_advance` has it."""
+  for g, (r, _) in enumerate(spec.streams):
+    _put(ref['part'], g, k, each[g][1] * ref['each_C'][r, i * STEPS + k])
 
 
 def _retreat(spec, ref, i, dh, dA):
