@@ -214,7 +214,7 @@ def test_states_that_enter_pieces(reverse):
 
 
 @pytest.mark.parametrize('blocks, chunks, number', [
-    (256, 128, 1), (128, 128, 3), (32, 128, 9), (2, 128, 16), (2, 5, 1),
+    (256, 128, 1), (128, 128, 3), (32, 128, 9), (2, 128, 32), (2, 5, 1),
     (1, 1, 1), (2, 17, 4)])
 def test_pieces_fill_the_chip(blocks, chunks, number):
   assert pieces.number(blocks, chunks) == number
@@ -279,28 +279,27 @@ def compile_gradients(T, E, M, *, batch=2, dtype=jnp.bfloat16, devices=1,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('T, E, M, options, spilled', [
-    (2048, 4096, 16, dict(batch=8), 16),
-    (2048, 4096, 16, dict(batch=8, full=False), 16),
-    (2048, 256, 16, {}, 16),
-    (1001, 1024, 16, dict(dtype=jnp.float32, batch=16), 16),
-    (512, 1021, 8, {}, 0), (256, 512, 64, {}, 64),
-    (256, 512, 64, dict(dtype=jnp.float32), 64),
-    (512, 512, 32, dict(dtype=jnp.float16), 64)], ids=str)
-def test_h100_compiler_takes(T, E, M, options, spilled, compiler, capfd):
+@pytest.mark.parametrize('T, E, M, options', [
+    (2048, 4096, 16, dict(batch=8)), (2048, 4096, 16, dict(full=False)),
+    (2048, 256, 16, {}), (1001, 1024, 16, dict(dtype=jnp.float32, batch=16)),
+    (512, 1021, 8, {}), (256, 512, 64, {}),
+    (256, 512, 64, dict(dtype=jnp.float32)),
+    (512, 512, 32, dict(dtype=jnp.float16))], ids=str)
+def test_h100_compiler_takes(T, E, M, options, compiler, capfd):
   compiled = compile_gradients(T, E, M, **options)
   report = capfd.readouterr().out
   spills = {name: int(size) for name, size in re.findall(
       r"'scan_(\w+)_mosaic_gpu_kernel' for.*?(\d+) bytes spill stores", report,
       re.DOTALL)}
   assert {'forward', 'backward'} <= set(spills), report
-  assert spills.pop('backward') <= spilled
+  # Of 255 registers a thread, some words in a group of four steps.
+  assert spills.pop('backward') <= 64
   assert not any(spills.values()), spills
   batch = options.get('batch', 2)
   # The states before chunks of 16 steps are what is kept.
-  states = batch * (T + 15) * E * M
-  assert oracle.largest_buffer(compiled) <= max(states // 16, batch * T * E)
-  assert compiled.memory_analysis().temp_size_in_bytes < 4 * states // 2
+  states = batch * (T + 15) * (E + 7) * M
+  assert oracle.largest_buffer(compiled) <= states // min(M, 16)
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * states
 
 
 @pytest.mark.slow

@@ -137,27 +137,8 @@ def _kernel(stages, plan, *refs, **scratch):
                 (states.at[batch, chunk, :, channels], smem.state)]
 
   def visit(chunk, slot, carry):
-    step = functools.partial(_load_step, plan, smem, slot, chunk, bias)
-
-    def finish(t, step, dinput, dexponent, total, sums):
-      """Writes the gradients of a step over its inputs."""
-      dbias, dskip = sums
-      ds = step.ds
-      gradients = [step.d * dinput + skip * ds,
-                   (step.x * dinput + lanes.LN2 * dexponent) * step.slope]
-      if plan.gated:
-        slope = step.gate * (1 + step.z * (1 - step.gate))
-        gradients.append(step.dy * (total + skip * step.x) * slope)
-      for buffer, value in zip(smem.series, gradients):
-        buffer[slot, t] = value.astype(buffer.dtype)
-      return dbias + gradients[1], dskip + ds * step.x
-
-    def keep(t, step, dinput, dexponent, total, sums):
-      """Adds up what the tiles of states give to a step."""
-      for i, value in enumerate((dinput, dexponent, total)):
-        smem.over_states[i, t] = (
-            lanes.load_row(smem.over_states.at[i, t]) + value)
-      return sums
+    load_step = functools.partial(_load_step, plan, smem, slot, chunk, bias)
+    finish = functools.partial(_finish, plan, smem, slot, skip)
 
     def store_sums(s):
       _add_quarters(smem)
@@ -165,27 +146,12 @@ def _kernel(stages, plan, *refs, **scratch):
       plgpu.copy_smem_to_gmem(smem.sums, dcommon.at[batch, block, :, s, where])
 
     if single:
-      carry = _walk_back(plan, smem, slot, 0, decay, step, finish, carry)
+      carry = _walk_back(plan, smem, slot, 0, decay, load_step, finish, carry)
       store_sums(0)
     else:
-      for i in range(3):
-        for t in range(lanes.CHUNK):
-          smem.over_states[i, t] = nothing
-
-      def visit_tile(s, _):
-        lanes.fetch(smem.again, [(A.at[s, channels], smem.A)])
-        tile = load(smem.A)
-        *_, dh, dA = _walk_back(
-            plan, smem, slot, s, tile, step, keep,
-            (nothing, nothing, load(smem.dh.at[s]), load(smem.dA.at[s])))
-        smem.dh[s], smem.dA[s] = dh, dA
-        store_sums(s)
-
-      lax.fori_loop(0, plan.S, visit_tile, None)
-      carry = lax.fori_loop(
-          0, lanes.CHUNK, lambda t, sums: finish(t, step(t), *(
-              lanes.load_row(smem.over_states.at[i, t]) for i in range(3)),
-              sums), carry)
+      carry = _walk_tiles_back(
+          plan, smem, slot, lambda s: A.at[s, channels], load_step, finish,
+          store_sums, carry)
     plgpu.commit_smem()
     steps = lanes.steps_of(chunk)
     for buffer, target in zip(smem.series, dseries):
@@ -221,6 +187,75 @@ def _advance(step, h, A, B):
   decay = jnp.exp2(lanes.by_row(step.d, A) * A)
   left = decay * lanes.unless(step.start, h)
   return decay, left, left + lanes.by_row(step.u, A) * lanes.by_column(B, A)
+
+
+def _finish(plan, smem, slot, skip, t, step, dinput, dexponent, total, sums):
+  """Writes the gradients of a step over its inputs.
+
+  Args:
+    plan: lanes.Plan.
+    smem: the buffers.
+    slot: stage of the series.
+    skip: D, a row.
+    t: step of the chunk.
+    step: Step.
+    dinput: gradient of d x.
+    dexponent: gradient of d by its decays, in units of log 2.
+    total: y before the skip and the gate.
+    sums: gradients of the bias and of D, to be added to.
+  """
+  dbias, dskip = sums
+  ds = step.ds
+  gradients = [step.d * dinput + skip * ds,
+               (step.x * dinput + lanes.LN2 * dexponent) * step.slope]
+  if plan.gated:
+    slope = step.gate * (1 + step.z * (1 - step.gate))
+    gradients.append(step.dy * (total + skip * step.x) * slope)
+  for buffer, value in zip(smem.series, gradients):
+    buffer[slot, t] = value.astype(buffer.dtype)
+  return dbias + gradients[1], dskip + ds * step.x
+
+
+def _walk_tiles_back(plan, smem, slot, decay, load_step, finish, store_sums,
+                     sums):
+  """_walk_back for several tiles of states, whose sums wait in shared memory.
+
+  Args:
+    plan: lanes.Plan.
+    smem: the buffers.
+    slot: stage of the series.
+    decay: the s-th tile of A in global memory, of s.
+    load_step: Step of t.
+    finish: _finish from t on.
+    store_sums: called after each tile with its index.
+    sums: see _finish.
+  """
+  parts = range(3)
+  nothing = lanes.zeros((lanes.LANES,), lanes.ROW)
+  for i in parts:
+    for t in range(lanes.CHUNK):
+      smem.over_states[i, t] = nothing
+
+  def keep(t, step, *values):
+    *values, none = values
+    for i, value in enumerate(values):
+      smem.over_states[i, t] = value + lanes.load_row(smem.over_states.at[i, t])
+    return none
+
+  def visit(s, none):
+    lanes.fetch(smem.again, [(decay(s), smem.A)])
+    tiles = [lanes.load(ref, lanes.TILE)
+             for ref in (smem.A, smem.dh.at[s], smem.dA.at[s])]
+    smem.dh[s], smem.dA[s] = _walk_back(
+        plan, smem, slot, s, tiles[0], load_step, keep, tiles[1:])
+    store_sums(s)
+    return none
+
+  lax.fori_loop(0, plan.S, visit, ())
+  return lax.fori_loop(
+      0, lanes.CHUNK, lambda t, sums: finish(t, load_step(t), *(
+          lanes.load_row(smem.over_states.at[i, t]) for i in parts), sums),
+      sums)
 
 
 def _walk_back(plan, smem, slot, s, A, load_step, finish, carry):

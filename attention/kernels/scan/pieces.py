@@ -18,7 +18,7 @@ import jax.numpy as jnp
 _FULL = 264
 _LEAST = 156
 _CHUNKS = 4  # in a piece at least: entering and leaving cost as much as one
-_MOST = 16  # pieces: the states that enter them are computed one by one
+_MOST = 32  # pieces: the states that enter them are computed one by one
 
 
 def number(blocks, chunks):
