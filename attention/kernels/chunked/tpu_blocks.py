@@ -112,10 +112,8 @@ def walk(spec, table, visit, *, reverse=False):
     visit((start, stop), first >= 0)
     return start
 
-  if spec.T >= spec.steps:
-    @pl.when(whole)
-    def _():
-      visit(None, table[_START, 0] >= 0)
+  if spec.steps <= spec.T:
+    pl.when(whole)(lambda: visit(None, table[_START, 0] >= 0))
 
   @pl.when(~whole)
   def _():
