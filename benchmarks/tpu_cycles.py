@@ -1,35 +1,23 @@
-"""Counts the cycles of TPU attention kernels, without a TPU.
+"""Counts the cycles of the TPU kernels, without a TPU; see bundles.py.
 
-  python benchmarks/tpu_cycles.py --chips v5e v5p v6e --lengths 2048 8192
+  python -m benchmarks.tpu_cycles --chips v5e v5p v6e --lengths 2048 8192
+  python -m benchmarks.tpu_cycles --features
+  python -m benchmarks.tpu_cycles --op scan      # or chunked
 
-libtpu compiles for a described chip and writes down the bundles that it
-scheduled; one bundle issues a cycle. A kernel's cycles are the bundles of each
-region of its program times how often the region runs: a lower bound, which
-leaves out waiting for memory, and exact for what it counts. Ours is set beside
-jax's flash_attention and splash_attention (with and without its fused
-backward, whose sum over partial dq is not counted), causal, bf16, each with the
-better of its PEER_BLOCKS. Needs jax and `pip install libtpu`.
-
-Two of XLA's defaults would make the count depend on more than the kernels, and
-are turned off for all: operands that happen to fit are put into VMEM before a
-kernel starts, which spares it their copies in these small programs and in no
-model; and bounds are checked in kernels that do not say otherwise, as ours do.
+Ours is set beside jax's flash_attention and splash_attention (with and without
+its fused backward, whose sum over partial dq is not counted), causal, bf16, each
+with the better of its PEER_BLOCKS; the recurrences beside what their arithmetic
+must take (tpu_recurrences.py). Needs jax and `pip install libtpu`.
 """
 
 import argparse
 import functools
 import itertools
-import os
-import pathlib
-import re
-import tempfile
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
@@ -37,137 +25,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as splash_mask,
 )
-from jax.sharding import SingleDeviceSharding
 
 from attention.kernels.flash import tpu, tpu_blocks
+from benchmarks import tpu_recurrences
+from benchmarks.bundles import TOPOLOGIES, Kernel, compile_for, count, dumps
 
-TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
-              'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
 HEADS = 8
 PEER_BLOCKS = 512, 1024
-FLAGS = '--xla_msa_enable=false', '--xla_jf_bounds_check=false'
-# Bundles of the smallest region that computes: others start copies, or count.
-SMALLEST = 8
-
-_BUNDLE = re.compile(r'^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*([> ]*)\{(.*)$')
-
-
-class Region:
-  """A run of bundles: the program, a loop, or what a branch jumps over."""
-
-  def __init__(self, depth=None, end=None):
-    self.depth, self.end = depth, end  # of a loop; label after a branch
-    self.bundles, self.vector, self.trips = [], 0, 1
-    self.inside = []
-
-  def walk(self):
-    yield self
-    for region in self.inside:
-      yield from region.walk()
-
-
-def parse(text):
-  """The tree of Regions of a dump of final bundles."""
-  bundles = []
-  for line in text.splitlines():
-    match = _BUNDLE.match(line)
-    if match:
-      bundles.append([match[2], match[3].count('>'), match[4]])
-    elif bundles:
-      bundles[-1][2] += ' ' + line
-  labels = [set(re.findall(r'region (\d+)', body)) if mark == 'PF' else set()
-            for mark, _, body in bundles]
-  ahead = [set()]
-  for label in reversed(labels):
-    ahead.append(ahead[-1] | label)
-  ahead.reverse()
-  stack = [Region()]
-  for at, (mark, depth, body) in enumerate(bundles):
-    while len(stack) > 1 and (
-        stack[-1].end in labels[at]
-        or stack[-1].depth is not None and depth < stack[-1].depth
-        and not body.startswith('}')):
-      stack.pop()
-    if mark == 'LB':
-      stack[-1].inside.append(Region(depth=depth))
-      stack.append(stack[-1].inside[-1])
-    stack[-1].bundles.append(at)
-    stack[-1].vector += len(re.findall(r'%v\w+ = |\bvst', body))
-    bound = re.search(r'totalorder %s\w+, (\d+) /\* loop exit test', body)
-    loops = [region for region in stack if region.depth is not None]
-    if bound and loops:
-      loops[-1].trips = int(bound[1])
-    branch = re.search(r'sbr\.rel.*?target = \$region(\d+)', body)
-    if branch and branch[1] in ahead[at + 1]:
-      stack[-1].inside.append(Region(end=branch[1]))
-      stack.append(stack[-1].inside[-1])
-  return stack[0]
-
-
-class Kernel(NamedTuple):
-  """How often the parts of a kernel run.
-
-  Attributes:
-    name: regular expression of its name in the dump.
-    steps: grid steps.
-    runs: of each conditional region that computes, in program order, as a
-      function of their numbers of bundles.
-  """
-  name: str
-  steps: int
-  runs: Callable[[list], Sequence]
-
-
-def count(dump, kernel):
-  """Returns (cycles, bundles of each region, busy MXU where it works most)."""
-  text = _dumped(dump, kernel.name, r'final_bundles\.txt')
-  program = parse(text)
-
-  def computes(region):
-    size = sum(len(r.bundles) for r in region.walk())
-    return region.end and size >= SMALLEST and any(
-        r.vector for r in region.walk())
-
-  regions = [r for r in program.walk() if computes(r) and not any(
-      computes(inner) for inner in r.walk() if inner is not r)]
-  lengths = [sum(len(r.bundles) for r in region.walk()) for region in regions]
-  runs = dict(zip(map(id, regions), kernel.runs(lengths), strict=True))
-
-  def cycles(region, times):
-    times = runs.get(id(region), times)
-    if region.depth is not None:
-      times *= kernel.steps if region.depth == 1 else region.trips
-    return len(region.bundles) * times + sum(
-        cycles(inner, times) for inner in region.inside)
-
-  lines = _dumped(
-      dump, kernel.name, r'final_hlo-static-per-bundle-util.*').splitlines()
-  column = [name.strip() for name in lines[1].split(',')].index('MXU')
-  capacity = int(lines[2].split()[column])
-  used = [int(line.split()[column]) for line in lines[4:]
-          if re.match(r'[\d ]+$', line)]
-  work, size = max((sum(used[at] for at in region.bundles),
-                    len(region.bundles)) for region in regions)
-  busy = work / size / capacity
-  return cycles(program, 1), lengths, busy
-
-
-def _dumped(dump, kernel, stage):
-  pattern = re.compile(rf'\d+-{kernel}(\.\d+)?-\d+-{stage}$')
-  (path,) = [path for path in dump.iterdir() if pattern.match(path.name)]
-  return path.read_text(errors='replace')
-
-
-def compile_for(chip, dump, function, *shapes):
-  """Compiles a function for one chip, into an empty dump."""
-  for path in dump.iterdir():
-    path.unlink()
-  device = topologies.get_topology_desc(
-      platform='tpu', topology_name=TOPOLOGIES[chip]).devices[0]
-  arguments = [jax.ShapeDtypeStruct(shape, dtype,
-                                    sharding=SingleDeviceSharding(device))
-               for shape, dtype in shapes]
-  jax.jit(function).lower(*arguments).compile()
 
 
 def sizes(chip, T, H, backward, window=0, packed=False):
@@ -307,6 +171,8 @@ def features(dump, args):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--op', choices=('flash', *tpu_recurrences.TABLES),
+                      default='flash')
   parser.add_argument('--chips', nargs='+', default=['v5e', 'v5p', 'v6e'],
                       choices=list(TOPOLOGIES))
   parser.add_argument('--lengths', nargs='+', type=int, default=[2048, 8192])
@@ -314,15 +180,11 @@ def main():
   parser.add_argument('--features', action='store_true',
                       help='what features cost instead of the comparison')
   args = parser.parse_args()
-  with tempfile.TemporaryDirectory() as folder:
-    os.environ['LIBTPU_INIT_ARGS'] = (
-        f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
-        + ' '.join(FLAGS))
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    # No chip is opened: another process may hold libtpu's lock.
-    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    jax.config.update('jax_platforms', 'cpu')
-    (features if args.features else compare)(pathlib.Path(folder), args)
+  with dumps() as dump:
+    if args.op == 'flash':
+      (features if args.features else compare)(dump, args)
+    else:
+      tpu_recurrences.TABLES[args.op](dump, args.chips)
 
 
 if __name__ == '__main__':
