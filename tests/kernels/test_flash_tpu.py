@@ -66,8 +66,9 @@ SHAPES = (
     Shape('decode', T=1, S=4000, traced=True),
 )
 # The v4, which has the least VMEM, takes all; the others what has other blocks.
+EVERYWHERE = 'H64', 'everything', 'long', 'packed'
 TARGETS = [(chip, shape) for chip in CHIPS for shape in SHAPES
-           if chip == 'v4' or shape.id in ('H64', 'everything', 'long', 'packed')]
+           if chip == 'v4' or shape.id in EVERYWHERE]
 rows = functools.partial(
     pytest.mark.parametrize, 'row', ids=lambda row: row.id.replace(' ', '-'))
 
