@@ -158,7 +158,7 @@ def features(dump, args):
   for chip, backward, H in itertools.product(
       args.chips, (False, True), args.widths):
     bundles = []
-    for options in ({}, {'softcap': 30.0}, {'window': 1024}, {'ids': True}):
+    for options in ({}, {'softcap': 30.0}, {'window': 2048}, {'ids': True}):
       regions = ours(chip, dump, 2048, H, backward, **options)[1]
       blocks = sizes(chip, 2048, H, backward, options.get('window', 0),
                      'ids' in options)

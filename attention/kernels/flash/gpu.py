@@ -100,11 +100,7 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
 def _forward_kernel(plan, q, k, v, /, *refs, **scratch):
   *ids, spans, out, lse = refs
   smem = types.SimpleNamespace(**scratch)
-  batch, head, tile, warpgroup = hopper.coordinates()
-  # The last queries see the most keys under a causal mask: they start first.
-  tile = spans.shape[1] - 1 - tile
-  span = hopper.read_span(spans, batch, tile)
-  kv_head = lax.div(head, jnp.int32(plan.G))
+  span, batch, head, kv_head, tile, warpgroup = hopper.query_tile(plan, spans)
 
   def sources(block, head):
     del head
@@ -116,14 +112,10 @@ def _forward_kernel(plan, q, k, v, /, *refs, **scratch):
         (smem.v_free, smem.v_ready,
          [(v.at[batch, keys, kv_head], smem.v)])]
 
-  @pl.when(warpgroup == hopper.WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(40, action='decrease')
+  def copy():
     hopper.feed(plan, span, 1, sources)
 
-  @pl.when(warpgroup < hopper.WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(232, action='increase')
+  def compute():
     row = tile * hopper.HEIGHT + warpgroup * hopper.ROWS
     rows = pl.ds(row, hopper.ROWS)
     hopper.fetch(
@@ -145,6 +137,8 @@ def _forward_kernel(plan, q, k, v, /, *refs, **scratch):
       first += width
     hopper.store([(staged, out.at[batch, rows, head]),
                   (smem.lse.at[warpgroup], lse.at[batch, head, rows])])
+
+  hopper.divide_work(warpgroup, copy, compute, registers=(40, 232))
 
 
 def _attend(plan, smem, span, warpgroup, position, V):

@@ -46,10 +46,7 @@ def dq(plan, operands, q_ids, kv_ids, q_offset):
 def _dq_kernel(plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
   *ids, spans, dq = refs
   smem = types.SimpleNamespace(**scratch)
-  batch, head, tile, warpgroup = hopper.coordinates()
-  tile = spans.shape[1] - 1 - tile  # see _forward_kernel
-  span = hopper.read_span(spans, batch, tile)
-  kv_head = lax.div(head, jnp.int32(plan.G))
+  span, batch, head, kv_head, tile, warpgroup = hopper.query_tile(plan, spans)
 
   def sources(block, head):
     del head
@@ -59,14 +56,10 @@ def _dq_kernel(plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
               (v.at[batch, keys, kv_head], smem.v)]
              + [(x.at[batch, keys], smem.ring_ids) for x in ids[1:]])]
 
-  @pl.when(warpgroup == hopper.WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(24, action='decrease')
+  def copy():
     hopper.feed(plan, span, 1, sources)
 
-  @pl.when(warpgroup < hopper.WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(240, action='increase')
+  def compute():
     row = tile * hopper.HEIGHT + warpgroup * hopper.ROWS
     rows = pl.ds(row, hopper.ROWS)
     hopper.fetch(
@@ -106,6 +99,8 @@ def _dq_kernel(plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
     sums = pl.run_scoped(accumulate, plgpu.ACC((hopper.ROWS, q.shape[-1])))
     smem.q[warpgroup] = (sums * plan.scale).astype(q.dtype)
     hopper.store([(smem.q.at[warpgroup], dq.at[batch, rows, head])])
+
+  hopper.divide_work(warpgroup, copy, compute, registers=(24, 240))
 
 
 def dkv(plan, names, operands, q_ids, kv_ids, q_offset):
@@ -156,14 +151,10 @@ def _dkv_kernel(names, plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
               (positions.at[queries], smem.positions)]
              + [(x.at[batch, queries], smem.ring_ids) for x in ids[1:]])]
 
-  @pl.when(warpgroup == hopper.WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(24, action='decrease')
+  def copy():
     hopper.feed(plan, span, plan.G, sources)
 
-  @pl.when(warpgroup < hopper.WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(240, action='increase')
+  def compute():
     row = tile * hopper.HEIGHT + warpgroup * hopper.ROWS
     rows = pl.ds(row, hopper.ROWS)
     hopper.fetch(
@@ -187,6 +178,8 @@ def _dkv_kernel(names, plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
     hopper.store([
         (staged[name].at[warpgroup], output.at[batch, rows, kv_head])
         for name, output in zip(names, outputs)])
+
+  hopper.divide_work(warpgroup, copy, compute, registers=(24, 240))
 
 
 def _visit_queries(plan, smem, warpgroup, row, accs, step, block, head, masked,

@@ -163,6 +163,33 @@ def coordinates():
   return [lax.axis_index(x) for x in ('b', 'n', 'tile', 'warpgroup')]
 
 
+def query_tile(plan, spans):
+  """What a thread block of queries works on, in a kernel that walks over keys.
+
+  Returns its span, batch, head, key head, tile and warpgroup.
+  """
+  batch, head, tile, warpgroup = coordinates()
+  # The last queries see the most keys under a causal mask: they start first.
+  tile = spans.shape[1] - 1 - tile
+  kv_head = lax.div(head, jnp.int32(plan.G))
+  return read_span(spans, batch, tile), batch, head, kv_head, tile, warpgroup
+
+
+def divide_work(warpgroup, copy, compute, registers):
+  """One warpgroup copies and the others compute, with (few, many) registers."""
+  few, many = registers
+
+  @pl.when(warpgroup == WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(few, action='decrease')
+    copy()
+
+  @pl.when(warpgroup < WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(many, action='increase')
+    compute()
+
+
 def barrier(arrivals, count):
   return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 

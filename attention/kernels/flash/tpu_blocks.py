@@ -26,7 +26,8 @@ class Blocks(NamedTuple):
 
   A step works on q queries and k keys in tiles of tile_q by tile_k. The scores
   of `ahead` tiles are computed before the first one is exponentiated. With
-  mxu_sums, the matrix unit adds up the exponentials.
+  mxu_sums, the matrix unit adds up the exponentials. Where documents are
+  packed, a block is no longer than `packed`.
   """
   q: int
   k: int
@@ -34,6 +35,7 @@ class Blocks(NamedTuple):
   tile_k: int
   ahead: int
   mxu_sums: bool = False
+  packed: int = 512
 
 
 # Bytes of VMEM of one core.
@@ -53,7 +55,9 @@ _VMEM = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,
 # their weights, which tiles of many keys load seldom. The matrix units of v6e
 # and 7x are 256 wide, twice those of the others, and want tiles that fill them;
 # then forward waits for the vector unit, and sums by the matrix unit save a
-# tenth of the time, where elsewhere they would cost 3%.
+# tenth of the time, where elsewhere they would cost 3%. A forward block of 512
+# is so inefficient there that packed documents, most of whose blocks are cut by
+# the mask, want 1,024 as well.
 #
 # The rows above were not: wide heads and float32 (six passes of the matrix unit
 # for each product) get smaller blocks to keep programs short and fit in VMEM.
@@ -62,7 +66,7 @@ _TABLE = (
     ((), 0, 4, Blocks(256, 256, 128, 128, 2), Blocks(256, 256, 128, 256, 1)),
     ((), 129, 2, Blocks(512, 512, 256, 128, 4), Blocks(256, 256, 128, 256, 2)),
     (('v6e', '7x'), 0, 2,
-     Blocks(1024, 1024, 256, 256, 5, mxu_sums=True),
+     Blocks(1024, 1024, 256, 256, 5, mxu_sums=True, packed=1024),
      Blocks(1024, 1024, 256, 512, 1)),
     (('v5e', 'v5p'), 0, 2,
      Blocks(1024, 1024, 256, 128, 4), Blocks(1024, 1024, 128, 512, 2)),
@@ -70,8 +74,8 @@ _TABLE = (
 )
 
 
-# Longest block of packed documents, and least bound that a window sets.
-_PACKED, _SHORTEST = 512, 256
+# Least bound that a window sets on a block.
+_SHORTEST = 256
 
 
 def generation():
@@ -106,7 +110,7 @@ def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
       if widest >= width and itemsize >= size and (not chips or chip in chips))
   # Blocks that the mask cuts are computed whole: none is longer than a window,
   # or than documents often are.
-  most = _PACKED if packed else max(T, S)
+  most = blocks.packed if packed else max(T, S)
   if window:
     most = min(most, max(window, _SHORTEST))
   q, k = _even(T, min(blocks.q, most)), _even(S, min(blocks.k, most))
