@@ -182,7 +182,8 @@ def spread(spec, ref):
   """Copies each number of B and C to a vector's lanes: [steps,M,128].
 
   In B and C a row of 128 is some steps' states, one step after the other. Such
-  a row, repeated and turned over, is those steps' columns, repeated.
+  a row, repeated and turned over, is those steps' columns, repeated. Their
+  gradients, if any, are set to zero here, where half of the stores are idle.
   """
   steps = LANES // spec.M
 
@@ -193,7 +194,10 @@ def spread(spec, ref):
           row = ref[name][r, i, j:j + 1]
           columns = jnp.broadcast_to(row, (LANES, LANES)).T
           at = pl.ds((i * SUBLANES + j) * steps, steps)
-          ref[f'each_{name}'][r, at] = columns.reshape(steps, spec.M, LANES)
+          columns = columns.reshape(steps, spec.M, LANES)
+          ref[f'each_{name}'][r, at] = columns
+          if f'sum_{name}' in ref:
+            ref[f'sum_{name}'][r, at] = jnp.zeros_like(columns)
 
   jax.lax.fori_loop(0, ref['B'].shape[1], eight, None)
 

@@ -18,16 +18,18 @@ from attention.kernels.scan.tpu_chunk import SUBLANES
 
 
 class _Place(NamedTuple):
-  """Where a body is in the grid; all but `reverse` are traced.
+  """Where a body is in the grid.
 
   Attributes:
     block: block of channels, of those that share B and C.
+    last_block: whether it is the last of them.
     first: whether the chunk is the first to be done.
     last: whether it is the last.
     steps: steps of the series from the chunk's start on.
     channels: channels of the series from the block's start on.
   """
   block: object
+  last_block: object
   first: object
   last: object
   steps: object
@@ -39,14 +41,15 @@ def _place(spec, *, reverse=False):
   e, blocks = pl.program_id(3), pl.num_programs(3)
   chunk = chunks - 1 - t if reverse else t
   return _Place(
-      e, t == 0, t == chunks - 1, spec.T - chunk * spec.chunk,
-      spec.E - (pl.program_id(1) * blocks + e) * spec.lanes), e == blocks - 1
+      e, e == blocks - 1, t == 0, t == chunks - 1,
+      spec.T - chunk * spec.chunk,
+      spec.E - (pl.program_id(1) * blocks + e) * spec.lanes)
 
 
 def forward(*refs, spec):
   """The outputs of one chunk, and the state that it started from."""
   ref = dict(zip(spec.refs, refs))
-  at, _ = _place(spec)
+  at = _place(spec)
   h = ref['h'].at[at.block]
 
   @pl.when(at.first)
@@ -77,7 +80,7 @@ def forward(*refs, spec):
 def backward(*refs, spec):
   """The gradients of one chunk; chunks come last first."""
   ref = dict(zip(spec.refs, refs))
-  at, last_block = _place(spec, reverse=True)
+  at = _place(spec, reverse=True)
   sums = {name: ref[f'sum_{name}'].at[at.block]
           for name in ('h', 'A', 'D', 'dt_bias')}
 
@@ -87,14 +90,7 @@ def backward(*refs, spec):
     for name in ('A', 'D', 'dt_bias'):
       sums[name][...] = jnp.zeros_like(sums[name])
 
-  @pl.when(at.block == 0)
-  def _():
-    tpu_chunk.spread(spec, ref)
-    for name in ('sum_B', 'sum_C'):
-      def clear(t, _, sums=ref[name]):
-        sums[:, t] = jnp.zeros_like(sums[:, t])
-      jax.lax.fori_loop(0, ref[name].shape[1], clear, None)
-
+  pl.when(at.block == 0)(lambda: tpu_chunk.spread(spec, ref))
   tpu_chunk.each_rows(spec, functools.partial(
       tpu_chunk.before, spec, ref, at, sum_D=sums['D']))
 
@@ -109,7 +105,7 @@ def backward(*refs, spec):
     ref['dD'][...] = sums['D'][...]
     ref['ddt_bias'][...] = sums['dt_bias'][...]
 
-  pl.when(last_block)(lambda: tpu_chunk.gather(spec, ref))
+  pl.when(at.last_block)(lambda: tpu_chunk.gather(spec, ref))
 
 
 def _backward_steps(spec, sums, ref):
