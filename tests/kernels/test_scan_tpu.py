@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import scan
-from attention.kernels.scan import reference, tpu, tpu_kernels
+from attention.kernels.scan import reference, tpu
 from tests.kernels import oracle, test_scan
 from tests.kernels.test_scan import assert_agree, example, op, run
 
@@ -34,7 +34,7 @@ def interpreted(request, monkeypatch, capfd):
 
   The parameter, if any, says whether to look for races, which takes long.
   """
-  monkeypatch.setattr(tpu_kernels, 'STEPS', 8)
+  monkeypatch.setattr(tpu, '_PIECE', 8)
   jax.clear_caches()
   params = pltpu.InterpretParams(
       detect_races=getattr(request, 'param', False),

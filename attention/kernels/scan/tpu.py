@@ -1,4 +1,32 @@
-"""Selective scan for TPU, forward and backward, in Pallas (Mosaic TPU)."""
+"""Selective scan for TPU, forward and backward, in Pallas (Mosaic TPU).
+
+The state of 128 channels is [M, 128]: M / 8 vectors. A step multiplies it by
+e^(d A), adds (d x) B and sums its product with C over the states. Everything
+else is done for a whole chunk of time at once, before the steps (softplus, d x,
+dy silu(z)) or after them (D x, the gate, slopes), in the same kernel: series
+are read once and written once.
+
+- d and d x lie in VMEM in float32; a load repeats a step's row over the states.
+- B and C become vectors of equal lanes, [steps, M, 128], once for all channels
+  of a chunk: repeat a row of 128 numbers, and turn it over. So blocks of
+  channels are the innermost dimension of the grid; their states stay in VMEM.
+- The sum over the states stops at 8 sublanes. They are stored 8 rows apart, so
+  that those of 8 steps make 8 vectors whose sum has a step in each sublane.
+  A sum within each vector would take three rotations and additions a step.
+- Four groups of 128 channels (at M = 16) take 16 steps in turn, unrolled: eight
+  vectors that do not wait for each other fill the vector unit. One group alone
+  still runs at 60% of that, so that pieces of time side by side, which need
+  more than twice the arithmetic, would never pay; with few channels two rows of
+  the batch go together.
+- Where a document starts, states are zeroed by selection, never by a product.
+  Chunks without a start run a body without selections.
+
+The forward kernel saves the state before each chunk. The backward kernel takes
+chunks last first: it recomputes the states of a chunk into VMEM, then walks
+back. Exponentials are computed again: to store them would cost more. dB and dC
+are summed over channels in VMEM, in order, and over lanes at the end of a
+chunk; dA, dD and ddt_bias over time in VMEM and over the batch outside.
+"""
 
 import functools
 
@@ -8,10 +36,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels import scan
-from attention.kernels.scan import tpu_kernels
-from attention.kernels.scan.tpu_kernels import LANES, LOG2E, SUBLANES
+from attention.kernels.scan import tpu_chunk, tpu_kernels
+from attention.kernels.scan.tpu_chunk import LANES, LOG2E, SUBLANES
 
-# Channels times states of a program. 8192 are eight vectors of state.
+# Steps that are unrolled: the rows of a tile of bfloat16, too.
+_PIECE = 16
+
+# Channels times states of a block: eight vectors of state. With those of A and
+# dA they leave half of the 64 registers to what a step computes.
 _STATES = 8192
 
 # Channels times states, of which the backward kernel keeps two float32 arrays.
@@ -106,8 +138,9 @@ class _Launch:
     # Few channels: two rows of the batch at a time.
     rows = 2 if self.B % 2 == 0 and 2 * lanes * M <= _STATES else 1
     chunk = min(LANES if M < 64 and rows == 1 else LANES // 2,
-                _round_up(T, tpu_kernels.STEPS))
-    self.spec = tpu_kernels.Spec(rows, chunk, lanes, T, E, M, dt_softplus)
+                _round_up(T, _PIECE))
+    self.spec = tpu_chunk.Spec(
+        rows, chunk, _PIECE, lanes, T, E, M, dt_softplus)
     self.reverse = reverse
     blocks, chunks = pl.cdiv(E, lanes), pl.cdiv(T, chunk)
     # Two parts where two cores would not find two rows.
@@ -116,7 +149,7 @@ class _Launch:
     self.T, self.E = chunks * chunk, blocks * lanes
     self.tiles = rows, chunk // SUBLANES, SUBLANES, lanes
     self.parts = (
-        len(self.spec.streams) * tpu_kernels.STEPS * SUBLANES, LANES)
+        len(self.spec.streams) * _PIECE * SUBLANES, LANES)
     # B and C as rows of 128 numbers, eight at a time.
     self.eights = pl.cdiv(chunk * M, SUBLANES * LANES)
     each = rows, self.eights * SUBLANES * LANES // M, M, LANES
