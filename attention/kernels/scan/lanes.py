@@ -7,7 +7,6 @@ More states than 16 are S tiles of W = 16.
 """
 
 import functools
-import inspect
 import math
 from typing import NamedTuple
 
@@ -27,8 +26,6 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 # artanh(sqrt w) / sqrt w for w in [0, 1/9] to 4e-9, at Chebyshev's points.
 _ARTANH = (1.0, 0.33333161, 0.20012298, 0.13982579, 0.14078889)
-# jax 0.10 wants an index beside the reference.
-_INDEX = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
 
 
 class Plan(NamedTuple):
@@ -197,7 +194,8 @@ def fetch(barrier, copies):
 
 
 def load(ref, layout):
-  return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+  """Shared memory to registers; what has bank conflicts does not compile."""
+  return plgpu.layout_cast(ref[...], layout)
 
 
 def load_row(ref):
