@@ -8,9 +8,11 @@ queries of all G heads:
   y = W v + a q S      a[t] = exp(sum of decays up to t)
   S = e S + (b k)^T v  b[s] = exp(sum of decays after s), e that of them all
 
-The state is saved before each block of a few chunks. The backward kernel takes
-blocks in reverse, recomputes the states within and makes all gradients at
-once.
+With a normaliser y is divided by the row sums of W plus a q z, plus eps, where
+z is to k as S is to k v^T.
+
+The state is saved before each block of a few chunks, for the backward kernel.
+Products take S, W and b k in the dtype of the inputs and add up in float32.
 
 Steps of another document, and those after the last, are zeroed as they are
 loaded (see `tpu_blocks.walk`): zeros with a log decay of 0 leave the state as

@@ -1,13 +1,7 @@
 """A chunk of the TPU kernels of chunked linear attention: what both share.
 
-With rows for the queries of all G heads, in a chunk of C steps,
-
-  W = q k^T * D        D[t,s] = exp(sum of decays of s+1..t) for s <= t
-  y = W v + a q S      a[t] = exp(sum of decays up to t)
-  S = e S + (b k)^T v  b[s] = exp(sum of decays after s), e that of them all
-
-and with a normaliser y is divided by the row sums of W plus a q z, plus eps,
-where z is to k as S is to k v^T.
+Refs come in a namespace r, by the names that `tpu` gives them, None where the
+call has no such array; W, D, a, b, e are those of the equations there.
 """
 
 import jax
