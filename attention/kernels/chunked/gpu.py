@@ -106,7 +106,7 @@ def backward(operands, starts, saved, dy, dsT, dzT, *, normalize):
   out = gpu_backward.gradients(
       plan,
       dict(series, states=saved[0], dstates=dS['states'], inverse=inverse,
-           delta=delta, z=saved[1], dz=dS.get('z_states')),
+           z=saved[1], dz=dS.get('z_states')),
       dict(levels=weights.levels, ids=weights.ids, before=weights.before,
            after=weights.after))
   ddecay = None
