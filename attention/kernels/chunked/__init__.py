@@ -33,7 +33,6 @@ from jaxtyping import Array, Float, Int
 
 from attention.kernels import arguments, dispatch
 
-
 IMPLEMENTATIONS = ('xla', 'gpu')
 
 

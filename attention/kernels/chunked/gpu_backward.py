@@ -21,6 +21,7 @@ passed from one to the other.
 """
 
 import functools
+import math
 import types
 
 import jax
@@ -53,7 +54,8 @@ def gradients(plan, operands, weights):
   K, V = v.shape[2:]
   summed, decayed = operands['z'] is not None, weights['levels'] is not None
   slots = min(plan.G, 2)
-  tile = lambda *shape: hopper.tile(*shape, dtype=q.dtype)
+  tile = lambda *shape: hopper.tile(
+      *shape, dtype=q.dtype, cut=math.gcd(H, V))
   vector = lambda *shape: plgpu.SMEM(shape, jnp.float32)
   when = lambda condition, x: x if condition else None
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
