@@ -106,7 +106,7 @@ def backward(operands, starts, saved, dy, dsT, dzT, *, normalize):
   out = gpu_backward.gradients(
       plan,
       dict(series, states=saved[0], dstates=dS['states'], inverse=inverse,
-           delta=delta, z=saved[1], dz=dS.get('z_states')),
+           z=saved[1], dz=dS.get('z_states')),
       dict(levels=weights.levels, ids=weights.ids, before=weights.before,
            after=weights.after))
   ddecay = None
@@ -245,7 +245,8 @@ def _outputs(plan, q, k, v, states, z_states, weights):
   """y [B,T,N,V] and, with normalize, inverse [B,N,chunks*CHUNK] of its sums."""
   B, T, N, H = q.shape
   K, V = v.shape[2:]
-  tile = lambda *shape: hopper.tile(*shape, dtype=q.dtype)
+  tile = lambda *shape: hopper.tile(
+      *shape, dtype=q.dtype, cut=math.gcd(H, V))
   vector = plgpu.SMEM((CHUNK,), jnp.float32)
   per_chunk = lambda x: x is not None and plgpu.SMEM((CHUNK,), x.dtype) or None
   summed = z_states is not None

@@ -3,18 +3,25 @@
 With d_t s the decay from step s to t, b_t that from the state before the chunk,
 e_s that to its end, and r_t one over the normaliser (or 1):
 
+  delta_t = r_t (sum_s d_ts (q_t k_s) (dy_t v_s) + b_t q_t S dy_t)
   p_ts = d_ts r_t (dy_t v_s - delta_t)
   dq_t = sum_s p_ts k_s + b_t r_t (S dy_t - delta_t z)
   dk_s = sum_t p_ts q_t + e_s (dS v_s + dz)
   dv_s = sum_t d_ts r_t (q_t k_s) dy_t + e_s dS^T k_s
 
+delta_t = dy_t y_t, but of y before it is rounded: dq is what is left of sums
+that nearly cancel, and an error of delta would be in every one of their terms.
+The log of d_ts gets p_ts q_t k_s: summed over s it is a part of q_t dq_t, over
+t a part of k_s dk_s, with the same roundings.
+
 One warpgroup of a thread block has rows of queries and makes dq, the other one
 has rows of keys and makes dk and dv, summed over the group in its order: each
-computes the tiles of pairs its own way round, and no tile is passed between
-them.
+computes the tiles of pairs its own way round, and of a tile only delta is
+passed from one to the other.
 """
 
 import functools
+import math
 import types
 
 import jax
@@ -34,7 +41,7 @@ def gradients(plan, operands, weights):
     plan: hopper.Plan.
     operands: {name: array or None}: q, k, v, dy with T a multiple of 8; states
       and dstates [B*K*chunks,H,V], before and after each chunk; and with a
-      normaliser inverse and delta [B,N,chunks*CHUNK], z and dz [B,K*chunks,H].
+      normaliser inverse [B,N,chunks*CHUNK], z and dz [B,K*chunks,H].
     weights: {name: array or None}: levels, ids, before, after.
 
   Returns:
@@ -47,7 +54,8 @@ def gradients(plan, operands, weights):
   K, V = v.shape[2:]
   summed, decayed = operands['z'] is not None, weights['levels'] is not None
   slots = min(plan.G, 2)
-  tile = lambda *shape: hopper.tile(*shape, dtype=q.dtype)
+  tile = lambda *shape: hopper.tile(
+      *shape, dtype=q.dtype, cut=math.gcd(H, V))
   vector = lambda *shape: plgpu.SMEM(shape, jnp.float32)
   when = lambda condition, x: x if condition else None
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -70,7 +78,8 @@ def gradients(plan, operands, weights):
       ends=when(decayed, vector(CHUNK)),
       own_ready=plgpu.Barrier(num_arrivals=4 + 2 * summed + sum(
           x is not None for x in weights.values())),
-      ready=plgpu.Barrier(num_arrivals=2 + 2 * summed, num_barriers=slots),
+      ready=plgpu.Barrier(num_arrivals=2 + summed, num_barriers=slots),
+      delta_ready=when(summed, plgpu.Barrier(num_barriers=slots)),
       free=plgpu.Barrier(num_arrivals=2, num_barriers=slots))
   return hopper.launch(
       _kernel, plan, dict(b=B, k=K, chunk=plan.chunks), operands | weights,
@@ -120,8 +129,8 @@ def _load_queries(plan, gmem, smem, place, member):
   copies = [(gmem.q.at[batch, times, source], smem.q.at[slot]),
             (gmem.dy.at[batch, times, source], smem.dy.at[slot])]
   if hasattr(gmem, 'z'):
-    copies += [(gmem.inverse.at[batch, source, times], smem.inverse.at[slot]),
-               (gmem.delta.at[batch, source, times], smem.delta.at[slot])]
+    copies.append(
+        (gmem.inverse.at[batch, source, times], smem.inverse.at[slot]))
   hopper.fetch(copies, smem.ready.at[slot])
 
 
@@ -129,32 +138,39 @@ def _make_dq(plan, gmem, smem, place):
   batch, head, chunk = place
   times = pl.ds(chunk * CHUNK, CHUNK)
   summed, decayed = hasattr(smem, 'z'), hasattr(smem, 'levels')
+  scaled = hasattr(smem, 'before')
   slots, dtype = smem.q.shape[0], smem.q.dtype
-
-  def normalized(x, slot, per_column):
-    if not summed:
-      return x
-    x = x - by_row(smem.delta[slot], x.shape) * per_column()
-    return x * by_row(smem.inverse[slot], x.shape)
 
   def visit(member, rows):
     slot = lax.rem(member, jnp.int32(slots))
+    q, dy = smem.q.at[slot], smem.dy.at[slot]
+
+    def queries_by(x):
+      tile = plgpu.layout_cast(q[...], hopper.TILE).astype(jnp.float32)
+      return jnp.sum(tile * x, axis=1)
+
     plgpu.barrier_wait(smem.ready.at[slot])
-    dp = hopper.product(smem.dy.at[slot], hopper.transposed(smem.v))
-    dp = hopper.weigh(normalized(dp, slot, lambda: 1.0), met)
-    carried = hopper.product(smem.dy.at[slot], hopper.transposed(smem.states))
-    carried = normalized(
-        carried, slot, lambda: by_column(smem.z[...], carried.shape))
-    if hasattr(smem, 'before'):
-      carried = hopper.weigh(
-          carried, by_row(smem.before[...], carried.shape))
+    dp = hopper.product(dy, hopper.transposed(smem.v))
+    if summed:
+      s = hopper.product(q, hopper.transposed(smem.k))
+      delta = jnp.sum(hopper.weigh(s * dp, met), axis=1)
+    dq = hopper.product(dy, hopper.transposed(smem.states))
+    if scaled:
+      dq = hopper.weigh(dq, by_row(smem.before[...], dq.shape))
+    if summed:
+      inverse = plgpu.layout_cast(smem.inverse[slot], hopper.PER_ROW)
+      delta = (delta + queries_by(dq)) * inverse
+      smem.delta[slot] = delta
+      plgpu.commit_smem()
+      plgpu.barrier_arrive(smem.delta_ready.at[slot])
+      z = by_column(smem.z[...], dq.shape)
+      if scaled:
+        z = hopper.weigh(z, by_row(smem.before[...], dq.shape))
+      dq = (dq - by_row(delta, dq.shape) * z) * by_row(inverse, dq.shape)
+      dp = (dp - by_row(delta, dp.shape)) * by_row(inverse, dp.shape)
+    dq = dq + hopper.product(hopper.weigh(dp, met).astype(dtype), smem.k)
     if decayed:
-      s = hopper.product(smem.q.at[slot], hopper.transposed(smem.k))
-      tile = plgpu.layout_cast(
-          smem.q[slot], hopper.TILE).astype(jnp.float32)
-      rows += (jnp.sum(hopper.weigh(s, dp), axis=1)
-               + jnp.sum(hopper.weigh(tile, carried), axis=1))
-    dq = carried + hopper.product(dp.astype(dtype), smem.k)
+      rows += queries_by(dq)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem.dq[...] = dq.astype(dtype)
     hopper.store([(smem.dq, gmem.dq.at[batch, times, head * plan.G + member])])
@@ -184,56 +200,60 @@ def _make_dk_dv(plan, gmem, smem, place):
   summed, decayed = hasattr(smem, 'z'), hasattr(smem, 'levels')
   slots, dtype = smem.q.shape[0], smem.q.dtype
 
-  def visit(dk, dv, met, member, columns):
+  def visit(dk, dv, met, member, carry):
     slot = lax.rem(member, jnp.int32(slots))
     q, dy = smem.q.at[slot], smem.dy.at[slot]
     plgpu.barrier_wait(smem.ready.at[slot])
     s = hopper.weigh(hopper.product(smem.k, hopper.transposed(q)), met)
+    if summed:
+      s = s * by_column(smem.inverse[slot], s.shape)
+    plgpu.wgmma(dv, s.astype(dtype), dy)
     dp = hopper.product(smem.v, hopper.transposed(dy))
     if summed:
+      plgpu.barrier_wait(smem.delta_ready.at[slot])
       dp = dp - by_column(smem.delta[slot], dp.shape)
-      inverse = by_column(smem.inverse[slot], dp.shape)
-      dp = dp * inverse
-    if decayed:
-      columns += jnp.sum(hopper.weigh(dp, s), axis=1)
-    s = s * inverse if summed else s
-    plgpu.wgmma(dv, s.astype(dtype), dy)
+      dp = dp * by_column(smem.inverse[slot], dp.shape)
     plgpu.wgmma(dk, hopper.weigh(dp, met).astype(dtype), q)
     plgpu.wgmma_wait(0)
+    if summed:
+      plgpu.commit_smem()  # Loads come before the next copy too.
     plgpu.barrier_arrive(smem.free.at[slot])
-    return columns
+    return carry
 
   def accumulate(dk, dv):
-    columns = plgpu.layout_cast(
-        jnp.zeros((CHUNK,), jnp.float32), hopper.PER_ROW) if decayed else ()
-    columns = lax.fori_loop(
+    lax.fori_loop(
         0, plan.G,
-        functools.partial(visit, dk, dv, _pairs(smem, later=1)), columns)
-    return dk[...], dv[...], columns
+        functools.partial(visit, dk, dv, _pairs(smem, later=1)), ())
+    return dk[...], dv[...]
+
+  def kept(x):
+    if not hasattr(smem, 'after'):
+      return x
+    return hopper.weigh(x, by_row(smem.after[...], x.shape))
+
+  def weighed_keys(x):
+    k = plgpu.layout_cast(smem.k[...], hopper.TILE).astype(jnp.float32)
+    return jnp.sum(k * x, axis=1)
 
   plgpu.barrier_wait(smem.own_ready)
-  dk, dv, columns = pl.run_scoped(
+  dk, dv = pl.run_scoped(
       accumulate, plgpu.ACC(smem.k.shape), plgpu.ACC(smem.v.shape))
-  # What the state after the chunk asks of it.
-  carried_v = hopper.product(smem.k, smem.dstates)
-  carried_k = hopper.product(smem.v, hopper.transposed(smem.dstates))
+  # What the state after the chunk asks for, one at a time: registers are few.
+  dv = dv + kept(hopper.product(smem.k, smem.dstates))
+  smem.dv[...] = dv.astype(dtype)
+  if decayed:
+    smem.columns[...] = weighed_keys(dk)
+  carried = hopper.product(smem.v, hopper.transposed(smem.dstates))
   if summed:
-    carried_k += by_column(smem.dz[...], carried_k.shape)
-  if hasattr(smem, 'after'):
-    carried_k = hopper.weigh(
-        carried_k, by_row(smem.after[...], carried_k.shape))
-    carried_v = hopper.weigh(
-        carried_v, by_row(smem.after[...], carried_v.shape))
+    carried += by_column(smem.dz[...], carried.shape)
+  carried = kept(carried)
+  smem.dk[...] = (dk + carried).astype(dtype)
   copies = [(smem.dk, gmem.dk.at[batch, times, head]),
             (smem.dv, gmem.dv.at[batch, times, head])]
   if decayed:
-    tile = plgpu.layout_cast(smem.k[...], hopper.TILE).astype(jnp.float32)
-    smem.ends[...] = jnp.sum(hopper.weigh(tile, carried_k), axis=1)
-    smem.columns[...] = columns
+    smem.ends[...] = weighed_keys(carried)
     copies += [(smem.columns, gmem.columns.at[batch, head, times]),
                (smem.ends, gmem.ends.at[batch, head, times])]
-  smem.dk[...] = (dk + carried_k).astype(dtype)
-  smem.dv[...] = (dv + carried_v).astype(dtype)
   hopper.store(copies)
   plgpu.wait_smem_to_gmem(0)
 

@@ -1,6 +1,6 @@
 """The state before every chunk: a walk over the chunks, in Mosaic GPU.
 
-  S <- kept * S + sum_t x_t (w_t y_t)^T      z <- kept * z + sum_t u_t x_t
+  S <- kept * S + sum_t w_t x_t y_t^T      z <- kept * z + sum_t u_t x_t
 
 Forward, x and y are keys and values. Backward, they are the queries and the
 gradients of the outputs of a whole group, in reverse: the gradient of the state
@@ -9,6 +9,7 @@ columns, both in registers from the first chunk to the last.
 """
 
 import functools
+import math
 import types
 
 import jax
@@ -45,7 +46,7 @@ def states(plan, x, y, scales, s, z, *, reverse):
   columns = V if V <= 128 else 64
   rows = None if scales is None else scales.shape[2] // plan.chunks
   like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-  tile = functools.partial(hopper.tile, dtype=x.dtype)
+  tile = functools.partial(hopper.tile, dtype=x.dtype, cut=math.gcd(H, V))
   vector = plgpu.SMEM((ROWS,), jnp.float32)
   operands = dict(x=x, y=y, scales=scales, s=s, z=z)
   outputs = dict(
@@ -54,12 +55,12 @@ def states(plan, x, y, scales, s, z, *, reverse):
       z_states=None if z is None else like(B, K * plan.chunks, H),
       z_last=None if z is None else like(*z.shape))
   scratch = dict(
-      x=tile(STAGES, CHUNK, ROWS, cut=H),
-      y=tile(STAGES, CHUNK, columns, cut=V),
+      x=tile(STAGES, CHUNK, ROWS),
+      y=tile(STAGES, CHUNK, columns),
       scales=None if scales is None else plgpu.SMEM(
           (STAGES, rows, CHUNK), jnp.float32),
       scaled=None if scales is None else tile(CHUNK, ROWS),
-      before=tile(ROWS, columns, cut=V),
+      before=tile(ROWS, columns),
       end=hopper.tile(ROWS, columns, dtype=jnp.float32, cut=V),
       z=None if z is None else vector,
       ready=plgpu.Barrier(num_arrivals=2 + (scales is not None),
@@ -150,8 +151,8 @@ def _kernel(reverse, plan, refs, buffers):
   hopper.fetch(copies, smem.start)
   plgpu.barrier_wait(smem.start)
   z = plgpu.layout_cast(smem.z[...], hopper.PER_COLUMN) if summed else ()
-  S, z = lax.fori_loop(0, steps, visit, 
-      (plgpu.layout_cast(smem.end[...], hopper.TILE), z))
+  S = plgpu.layout_cast(smem.end[...], hopper.TILE)
+  S, z = lax.fori_loop(0, steps, visit, (S, z))
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   smem.end[...] = S
   copies = [(smem.end, gmem.last.at[batch, head, rows, columns])]

@@ -57,15 +57,16 @@ def launch(body, plan, grid, operands, outputs, scratch, *, name,
   return dict(zip(outputs, results, strict=True))
 
 
-def tile(*shape, dtype, cut=None):
+def tile(*shape, dtype, cut):
   """Shared memory for tiles, as TMA writes and wgmma reads them.
 
   Args:
     *shape: (.., rows, width).
     dtype: of the tiles.
-    cut: width of the array that the tiles are cut from, if it is another.
+    cut: divides the widths of the arrays that they are cut from. wgmma wants
+      both of its operands in the same swizzle: one cut for a kernel.
   """
-  lanes = math.gcd(cut or shape[-1], 128 // jnp.dtype(dtype).itemsize)
+  lanes = math.gcd(cut, 128 // jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(shape, dtype, transforms=(
       plgpu.TilingTransform((8, lanes)),
       plgpu.SwizzleTransform(lanes * jnp.dtype(dtype).itemsize)))
