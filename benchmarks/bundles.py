@@ -106,10 +106,10 @@ def count(dump, kernel, unit='MXU'):
   Args:
     dump: folder of the dump.
     kernel: the Kernel.
-    unit: of the chip, as the dump calls it, such as MXU or VALU. What is told is
-      how much of it the region uses in which it works most.
+    unit: of the chip, as the dump calls it, such as MXU or VALU. Told is how
+      much of it the region uses in which it works most.
   """
-  text = _dumped(dump, kernel.name, r'final_bundles\.txt')
+  text = dumped(dump, kernel.name, r'final_bundles\.txt')
   program = parse(text)
 
   def computes(region):
@@ -129,7 +129,7 @@ def count(dump, kernel, unit='MXU'):
     return len(region.bundles) * times + sum(
         cycles(inner, times) for inner in region.inside)
 
-  lines = _dumped(
+  lines = dumped(
       dump, kernel.name, r'final_hlo-static-per-bundle-util.*').splitlines()
   column = [name.strip() for name in lines[1].split(',')].index(unit)
   capacity = int(lines[2].split()[column])
@@ -141,7 +141,8 @@ def count(dump, kernel, unit='MXU'):
   return cycles(program, 1), lengths, busy
 
 
-def _dumped(dump, kernel, stage):
+def dumped(dump, kernel, stage):
+  """The text that libtpu wrote for a stage of a kernel."""
   pattern = re.compile(rf'\d+-{kernel}(\.\d+)?-\d+-{stage}$')
   (path,) = [path for path in dump.iterdir() if pattern.match(path.name)]
   return path.read_text(errors='replace')

@@ -5,9 +5,9 @@
   python -m benchmarks.tpu_cycles --op scan      # or chunked
 
 Ours is set beside jax's flash_attention and splash_attention (with and without
-its fused backward, whose sum over partial dq is not counted), causal, bf16, each
-with the better of its PEER_BLOCKS; the recurrences beside what their arithmetic
-must take (tpu_recurrences.py). Needs jax and `pip install libtpu`.
+its fused backward, whose sum over partial dq is not counted), causal, bf16,
+each with the better of its PEER_BLOCKS; the recurrences beside what their
+arithmetic must take (tpu_recurrences.py). Needs jax and `pip install libtpu`.
 """
 
 import argparse

@@ -6,6 +6,7 @@ state. For linear attention: the matrix units' cycles, for the PRODUCTS of a
 chunk of 128 steps with 128 x 128 tiles.
 """
 
+import itertools
 import math
 
 import jax
@@ -13,18 +14,19 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from attention.kernels import chunked, scan
-from benchmarks.bundles import Kernel, compile_for, count
+from benchmarks.bundles import Kernel, compile_for, count, dumped, parse
 
 # Slots of the vector unit in a bundle; 128 x 128 tiles of weights that the
 # matrix units take 128 rows through in 128 bundles.
 SLOTS = 4
 TILES = {'v4': 4, 'v5e': 4, 'v5p': 4, 'v6e': 8, '7x': 8}
-# Forward: d A, its product with h, (d x) B, its addition, h C, its addition.
-# Backward: the first four again; ds C and its addition; the products with h, B,
-# u, ds, A, d and the decay; the additions to dh's sums, dB, dC and dA, and the
-# subtraction that gives what is left of h (or its product again).
+# Of a state at a step. Forward: d A, its power times h, u B added, h C added to
+# the sum over states. Backward: the first three again; ds C added to dh; dh B
+# added to du; dh u added to dB and h ds to dC; d A again and its power times dh;
+# that times h, which times A is added to dd, and times d to dA.
 OPERATIONS = {'forward': 6, 'backward': 20}
-# q k, W v, q S, k v; and in the backward pass those again but for two, twice.
+# Forward: q k, W v, q S, k v. Backward: k v again, q k, dy v, two products for dq,
+# two for dk, two for dv and one for dS.
 PRODUCTS = {'forward': 4, 'backward': 10}
 
 
@@ -63,21 +65,30 @@ def counted(dump, name, grid, often, unit):
   return cycles, busy
 
 
+def time_loops(dump, name, trips):
+  """Bundles a grid step of the loops over time, known by their trips."""
+  program = parse(dumped(dump, rf'\w*{name}\w*', r'final_bundles\.txt'))
+  return sum(len(loop.bundles) * trips for loop in program.walk()
+             if loop.depth == 2 and loop.trips == trips)
+
+
 def scan_table(dump, chips):
   """Prints cycles a step of 128 channels x 16 states, gated, bf16."""
-  B, T, E, M = 2, 2048, 1024, 16
-  series, shared = ((B, T, E), jnp.bfloat16), ((B, T, M), jnp.bfloat16)
-  shapes = [series, series, ((E, M), jnp.float32), shared, shared,
-            ((E,), jnp.float32), series]
+  B, T, M = 2, 2048, 16
+  shared = (B, T, M), jnp.bfloat16
 
   def both(*arrays):
     y, pull = jax.vjp(lambda *arrays: scan.selective_scan(
         *arrays[:-1], z=arrays[-1], implementation='tpu')[0], *arrays)
     return pull(y)
 
-  print('| chip | pass | cycles a step | floor | ratio | VALU busy |')
-  print('|---' * 6 + '|')
-  for chip in chips:
+  print('| chip | pass | E | loops over time | floor | ratio | VALU busy | '
+        'whole kernel |')
+  print('|---' * 8 + '|')
+  for chip, E in itertools.product(chips, (1024, 4096)):
+    series = (B, T, E), jnp.bfloat16
+    shapes = [series, series, ((E, M), jnp.float32), shared, shared,
+              ((E,), jnp.float32), series]
     compile_for(chip, dump, both, *shapes)
     for name, grid in grids(both, shapes).items():
       chunks, blocks = grid[2:]
@@ -87,16 +98,20 @@ def scan_table(dump, chips):
       cycles, busy = counted(dump, name, grid, often, 'VALU')
       direction = name.split('_')[-1]
       floor = OPERATIONS[direction] * 2 / SLOTS
-      each = cycles * 128 * 16 / (B * T * E * M)
-      print(f'| {chip} | {direction} | {each:.2f} | {floor:.1f} | '
-            f'{each / floor:.2f} | {busy:.0%} |', flush=True)
+      steps = B * T * E * M / (128 * 16)
+      loops = time_loops(dump, name, T // chunks // 16)
+      loops *= math.prod(grid) / steps
+      print(f'| {chip} | {direction} | {E:,} | {loops:.2f} | {floor:.1f} | '
+            f'{loops / floor:.2f} | {busy:.0%} | {cycles / steps:.2f} |',
+            flush=True)
 
 
 def chunked_table(dump, chips):
   """Prints cycles a token and head at H = V = 128, bf16."""
   B, T, N, H = 1, 4096, 8, 128
   series, decays = ((B, T, N, H), jnp.bfloat16), ((B, T, N), jnp.float32)
-  print('| chip | pass | features | cycles a token | floor | ratio | MXU busy |')
+  print('| chip | pass | features | cycles a token | floor | ratio | '
+        'MXU busy |')
   print('|---' * 7 + '|')
   for chip in chips:
     for features in ((), ('normalize',), ('decay',), ('decay', 'normalize')):
@@ -115,7 +130,8 @@ def chunked_table(dump, chips):
         direction = name.split('_')[-1]
         floor = PRODUCTS[direction] / TILES[chip]
         each = cycles / (B * T * N)
-        print(f'| {chip} | {direction} | {" and ".join(features) or "none"} | '
+        asked = ' and '.join(features) or 'none'
+        print(f'| {chip} | {direction} | {asked} | '
               f'{each:.2f} | {floor:.1f} | {each / floor:.2f} | {busy:.0%} |',
               flush=True)
 
