@@ -20,6 +20,7 @@ from tests.kernels.test_chunked import EVERYTHING, op, run
 from tests.kernels.test_flash_gpu import h100s, interpreted
 
 compiler, interpreter = test_flash_gpu.compiler, test_flash_gpu.interpreter
+BACKWARD = 'chunked_backward_mosaic'  # The kernel of dq, dk and dv.
 LOW = ('q', 'k', 'v')  # The rest is float32.
 
 
@@ -214,12 +215,14 @@ def compile_gradients(T, H, V, *, decay=True, segments=True, normalize=1e-6,
 def test_h100_keeps_all_in_registers(options, width, compiler, capfd):
   compiled = compile_gradients(2048, width, width, **options)
   report = capfd.readouterr().out
-  spills = re.findall(r'(\d+) bytes spill stores.*loads\n', report)
+  spills = dict(re.findall(
+      r"function '(\w+)' for .*\n(?:.*\n)*?.* (\d+) bytes spill stores", report))
   # A kernel that was compiled before is not reported again.
   assert spills, report
-  # Sums, states and a tile of decays are more than dk and dv leave room for.
-  allowed = 48 if width == 128 and options.get('decay', True) else 0
-  assert max(map(int, spills)) <= allowed, report
+  # At 128 the sums of dk and dv leave too few registers for all the rest.
+  for name, spilled in spills.items():
+    allowed = 192 if width == 128 and name.startswith(BACKWARD) else 0
+    assert int(spilled) <= allowed, report
   # No state of every step, no tile of all pairs, not even of each chunk's.
   limit = 2048 * 8 * width
   assert oracle.largest_buffer(compiled) <= limit

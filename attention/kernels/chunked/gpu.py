@@ -248,7 +248,8 @@ def _outputs(plan, q, k, v, states, z_states, weights):
   tile = lambda *shape: hopper.tile(
       *shape, dtype=q.dtype, cut=math.gcd(H, V))
   vector = plgpu.SMEM((CHUNK,), jnp.float32)
-  per_chunk = lambda x: x is not None and plgpu.SMEM((CHUNK,), x.dtype) or None
+  per_chunk = lambda x: (
+      None if x is None else plgpu.SMEM((CHUNK,), x.dtype))
   summed = z_states is not None
   operands = dict(
       q=q, k=k, v=v, states=states, z=z_states, levels=weights.levels,
@@ -263,7 +264,8 @@ def _outputs(plan, q, k, v, states, z_states, weights):
   scratch = dict(
       q=tile(buffers, CHUNK, H), k=tile(CHUNK, H), v=tile(CHUNK, V),
       states=tile(H, V), y=tile(CHUNK, V),
-      z=plgpu.SMEM((H,), jnp.float32) if summed else None,
+      z=(plgpu.SMEM(z_states.shape[-1:], jnp.float32)
+         if summed else None),
       inverse=vector if summed else None,
       levels=None if weights.levels is None else plgpu.SMEM(
           (hopper.LEVELS, CHUNK), jnp.float32),
@@ -299,7 +301,8 @@ def _output_kernel(plan, refs, buffers):
     y = y + hopper.product(s.astype(q.dtype), smem.v)
     if summed:
       tile = plgpu.layout_cast(q[...], hopper.TILE).astype(jnp.float32)
-      total = jnp.sum(tile * hopper.by_column(smem.z[...], tile.shape), axis=1)
+      z = hopper.by_column(smem.z[pl.ds(0, q.shape[-1])], tile.shape)
+      total = jnp.sum(tile * z, axis=1)
       if scaled:
         total = hopper.weigh(
             total, plgpu.layout_cast(smem.before[...], hopper.PER_ROW))

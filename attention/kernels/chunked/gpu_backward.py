@@ -54,6 +54,7 @@ def gradients(plan, operands, weights):
   K, V = v.shape[2:]
   summed, decayed = operands['z'] is not None, weights['levels'] is not None
   slots = min(plan.G, 2)
+  z_width = operands['z'].shape[-1] if summed else 0
   tile = lambda *shape: hopper.tile(
       *shape, dtype=q.dtype, cut=math.gcd(H, V))
   vector = lambda *shape: plgpu.SMEM(shape, jnp.float32)
@@ -69,7 +70,7 @@ def gradients(plan, operands, weights):
       states=tile(H, V), dstates=tile(H, V),
       inverse=when(summed, vector(slots, CHUNK)),
       delta=when(summed, vector(slots, CHUNK)),
-      z=when(summed, vector(H)), dz=when(summed, vector(H)),
+      z=when(summed, vector(z_width)), dz=when(summed, vector(z_width)),
       levels=given('levels', vector(hopper.LEVELS, CHUNK)),
       ids=given('ids', plgpu.SMEM((CHUNK,), jnp.int32)),
       before=given('before', vector(CHUNK)),
@@ -163,7 +164,7 @@ def _make_dq(plan, gmem, smem, place):
       smem.delta[slot] = delta
       plgpu.commit_smem()
       plgpu.barrier_arrive(smem.delta_ready.at[slot])
-      z = by_column(smem.z[...], dq.shape)
+      z = by_column(smem.z[pl.ds(0, dq.shape[1])], dq.shape)
       if scaled:
         z = hopper.weigh(z, by_row(smem.before[...], dq.shape))
       dq = (dq - by_row(delta, dq.shape) * z) * by_row(inverse, dq.shape)
@@ -245,7 +246,8 @@ def _make_dk_dv(plan, gmem, smem, place):
     smem.columns[...] = weighed_keys(dk)
   carried = hopper.product(smem.v, hopper.transposed(smem.dstates))
   if summed:
-    carried += by_column(smem.dz[...], carried.shape)
+    carried += by_column(
+        smem.dz[pl.ds(0, carried.shape[1])], carried.shape)
   carried = kept(carried)
   smem.dk[...] = (dk + carried).astype(dtype)
   copies = [(smem.dk, gmem.dk.at[batch, times, head]),

@@ -40,7 +40,8 @@ def states(plan, x, y, scales, s, z, *, reverse):
 
   Returns:
     {'states': [B*K*chunks,H,V] in the dtype of x, 'last': as s,
-    'z_states': [B,K*chunks,H] in float32, 'z_last': as z}.
+    'z_states': [B,K*chunks,..] in float32, H filled up with zeros to a multiple
+    of 64, 'z_last': as z}.
   """
   B, K, H, V = s.shape
   columns = V if V <= 128 else 64
@@ -52,7 +53,8 @@ def states(plan, x, y, scales, s, z, *, reverse):
   outputs = dict(
       states=like(B * K * plan.chunks, H, V, dtype=x.dtype),
       last=like(*s.shape),
-      z_states=None if z is None else like(B, K * plan.chunks, H),
+      z_states=None if z is None else like(
+          B, K * plan.chunks, pl.cdiv(H, ROWS) * ROWS),
       z_last=None if z is None else like(*z.shape))
   scratch = dict(
       x=tile(STAGES, CHUNK, ROWS),
