@@ -213,7 +213,7 @@ def main():
     op = (chunked_op, chunked.chunked_linear_attention,
           chunked_reference.chunked_linear_attention, chunked_torch,
           optional('fla.ops.linear_attn', 'chunk_linear_attn'))
-    known = getattr(chunked, 'IMPLEMENTATIONS', ('xla',))
+    known = chunked.IMPLEMENTATIONS
   implementations = [
       name for name in ('gpu', 'xla')
       if name in known and not (arguments.smoke and name == 'gpu')]
