@@ -216,7 +216,8 @@ def test_h100_keeps_all_in_registers(options, width, compiler, capfd):
   compiled = compile_gradients(2048, width, width, **options)
   report = capfd.readouterr().out
   spills = dict(re.findall(
-      r"function '(\w+)' for .*\n(?:.*\n)*?.* (\d+) bytes spill stores", report))
+      r"function '(\w+)' for .*\n(?:.*\n)*?.* (\d+) bytes spill stores",
+      report))
   # A kernel that was compiled before is not reported again.
   assert spills, report
   # At 128 the sums of dk and dv leave too few registers for all the rest.

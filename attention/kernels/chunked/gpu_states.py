@@ -78,7 +78,6 @@ def _kernel(reverse, plan, refs, buffers):
   gmem, smem = types.SimpleNamespace(**refs), types.SimpleNamespace(**buffers)
   batch, head, part, block = map(lax.axis_index, ('b', 'k', 'part', 'block'))
   width = smem.y.shape[-1]
-  shape = (ROWS, width)
   rows, columns = pl.ds(part * ROWS, ROWS), pl.ds(block * width, width)
   scaled, summed = 'scales' in refs, 'z' in refs
   steps = plan.chunks * plan.G
@@ -123,24 +122,7 @@ def _kernel(reverse, plan, refs, buffers):
     else:
       pl.when(member == 0)(functools.partial(write, chunk, S, z))
     plgpu.barrier_wait(smem.ready.at[slot])
-    x = smem.x.at[slot]
-    if scaled:
-      tile = plgpu.layout_cast(x[...], hopper.TILE).astype(jnp.float32)
-      smem.scaled[...] = hopper.weigh(
-          tile, hopper.by_row(smem.scales[slot, 0], tile.shape)).astype(x.dtype)
-      S = hopper.weigh(S, hopper.by_row(smem.scales[slot, 1], shape))
-      if summed:
-        kept = plgpu.layout_cast(smem.scales[slot, 1], hopper.PER_COLUMN)
-        z = hopper.weigh(z, kept)
-        tile = hopper.weigh(tile, hopper.by_row(
-            smem.scales[slot, smem.scales.shape[1] - 1], tile.shape))
-      plgpu.commit_smem()
-      x = smem.scaled
-    elif summed:
-      tile = plgpu.layout_cast(x[...], hopper.TILE).astype(jnp.float32)
-    if summed:
-      z = z + plgpu.layout_cast(jnp.sum(tile, axis=0), hopper.PER_COLUMN)
-    S = S + hopper.product(hopper.transposed(x), smem.y.at[slot])
+    S, z = _advance(smem, slot, S, z)
     plgpu.commit_smem()
     pl.when(step + STAGES < steps)(functools.partial(load, step + STAGES))
     return S, z
@@ -163,3 +145,26 @@ def _kernel(reverse, plan, refs, buffers):
     copies.append((smem.z, gmem.z_last.at[batch, head, rows]))
   hopper.store(copies)
   plgpu.wait_smem_to_gmem(0)
+
+
+def _advance(smem, slot, S, z):
+  """S and z after the x and y of a slot."""
+  x = smem.x.at[slot]
+  if hasattr(smem, 'scales'):
+    tile = plgpu.layout_cast(x[...], hopper.TILE).astype(jnp.float32)
+    smem.scaled[...] = hopper.weigh(
+        tile, hopper.by_row(smem.scales[slot, 0], tile.shape)).astype(x.dtype)
+    S = hopper.weigh(S, hopper.by_row(smem.scales[slot, 1], S.shape))
+    if hasattr(smem, 'z'):
+      kept = plgpu.layout_cast(smem.scales[slot, 1], hopper.PER_COLUMN)
+      z = hopper.weigh(z, kept)
+      tile = hopper.weigh(tile, hopper.by_row(
+          smem.scales[slot, smem.scales.shape[1] - 1], tile.shape))
+    plgpu.commit_smem()
+    x = smem.scaled
+  elif hasattr(smem, 'z'):
+    tile = plgpu.layout_cast(x[...], hopper.TILE).astype(jnp.float32)
+  if hasattr(smem, 'z'):
+    z = z + plgpu.layout_cast(jnp.sum(tile, axis=0), hopper.PER_COLUMN)
+  S = S + hopper.product(hopper.transposed(x), smem.y.at[slot])
+  return S, z
