@@ -122,7 +122,7 @@ def _kernel(reverse, plan, refs, buffers):
     else:
       pl.when(member == 0)(functools.partial(write, chunk, S, z))
     plgpu.barrier_wait(smem.ready.at[slot])
-    S, z = _take(smem, slot, S, z)
+    S, z = _advance(smem, slot, S, z)
     plgpu.commit_smem()
     pl.when(step + STAGES < steps)(functools.partial(load, step + STAGES))
     return S, z
@@ -147,8 +147,8 @@ def _kernel(reverse, plan, refs, buffers):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _take(smem, slot, S, z):
-  """Takes the states over the chunk of a slot."""
+def _advance(smem, slot, S, z):
+  """S and z after the x and y of a slot."""
   x = smem.x.at[slot]
   if hasattr(smem, 'scales'):
     tile = plgpu.layout_cast(x[...], hopper.TILE).astype(jnp.float32)
