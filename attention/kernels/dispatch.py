@@ -56,3 +56,18 @@ def select(op, implementation, known, *args, **kwargs):
     CHOICES[op][name] = note
     return module
   raise NotImplementedError(f'{op} cannot run here: ' + '; '.join(declined))
+
+
+def require_hopper():
+  """Raises NotImplementedError where Mosaic GPU kernels for Hopper cannot run.
+
+  A CPU passes: it interprets the kernels, or compiles them ahead of time.
+  """
+  platform = jax.default_backend()
+  if platform == 'gpu':
+    capability = jax.devices()[0].compute_capability
+    if capability != '9.0':
+      raise NotImplementedError(
+          f'gpu needs Hopper (compute capability 9.0), not {capability}')
+  elif platform != 'cpu':
+    raise NotImplementedError(f'gpu cannot run on {platform}')

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention.kernels import chunked
+from attention.kernels import chunked, dispatch
 from attention.kernels.chunked import gpu_backward, gpu_states, hopper
 from attention.kernels.chunked.hopper import CHUNK
 
@@ -35,15 +35,7 @@ _FORGOTTEN = -1e30  # log of a decay to 0: 64 of them can be added up.
 def check(operands, starts, *, normalize):
   """Raises NotImplementedError for what these kernels decline."""
   del starts, normalize
-  platform = jax.default_backend()
-  # A CPU interprets the kernels, or compiles them ahead of time.
-  if platform not in ('gpu', 'cpu'):
-    raise NotImplementedError(f'gpu cannot run on {platform}')
-  if platform == 'gpu':
-    capability = jax.devices()[0].compute_capability
-    if capability != '9.0':
-      raise NotImplementedError(
-          f'gpu needs Hopper (compute capability 9.0), not {capability}')
+  dispatch.require_hopper()
   for name in ('q', 'k', 'v'):
     dtype = getattr(operands, name).dtype
     if dtype == jnp.float16:

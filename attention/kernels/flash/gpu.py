@@ -26,6 +26,7 @@ from jax._src.lib import cuda_versions
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention.kernels import dispatch
 from attention.kernels.flash import gpu_backward, hopper
 
 # Below every score, and finite: where nothing was seen yet, -inf less this is
@@ -37,21 +38,14 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
           q_offset):
   """Raises NotImplementedError for what these kernels decline."""
   del k, window, softcap, segment_ids, sink, q_offset
-  platform = jax.default_backend()
-  # A CPU interprets the kernels, or compiles them ahead of time.
-  if platform == 'gpu':
-    capability = jax.devices()[0].compute_capability
-    if capability != '9.0':
-      raise NotImplementedError(
-          f'gpu needs Hopper (compute capability 9.0), not {capability}')
+  dispatch.require_hopper()
+  if causal and jax.default_backend() == 'gpu':
     runtime = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
     # jax's own Mosaic GPU attention refuses these too: ptxas miscompiles it.
-    if causal and 12080 <= runtime < 12091:
+    if 12080 <= runtime < 12091:
       raise NotImplementedError(
           f'gpu needs CUDA 12.9.1 for causal masks, not {runtime}: '
           'CUDA 12.8 and 12.9.0 miscompile them')
-  elif platform != 'cpu':
-    raise NotImplementedError(f'gpu cannot run on {platform}')
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(
         f'gpu takes bfloat16 and float16, not {q.dtype}, which the tensor '

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention.kernels import scan
+from attention.kernels import dispatch, scan
 from attention.kernels.scan import gpu_backward, gpu_ends, lanes, pieces
 
 _STAGES = 2
@@ -33,15 +33,7 @@ _MOST_STATES = 64
 def check(operands, starts, *, dt_softplus):
   """Raises NotImplementedError for what these kernels decline."""
   del starts, dt_softplus
-  platform = jax.default_backend()
-  # A CPU interprets the kernels, or compiles them ahead of time.
-  if platform == 'gpu':
-    capability = jax.devices()[0].compute_capability
-    if capability != '9.0':
-      raise NotImplementedError(
-          f'gpu needs Hopper (compute capability 9.0), not {capability}')
-  elif platform != 'cpu':
-    raise NotImplementedError(f'gpu cannot run on {platform}')
+  dispatch.require_hopper()
   for name, array in operands._asdict().items():
     if array is not None and array.dtype not in _DTYPES:
       raise NotImplementedError(
