@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from attention.kernels import chunked
 from attention.kernels.chunked import gpu, reference
-from tests.kernels import oracle, test_chunked, test_flash_gpu
+from tests.kernels import accelerators, oracle, test_chunked, test_flash_gpu
+from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_chunked import EVERYTHING, op, run
-from tests.kernels.test_flash_gpu import h100s, interpreted
 
 compiler, interpreter = test_flash_gpu.compiler, test_flash_gpu.interpreter
 BACKWARD = 'chunked_backward_mosaic'  # The kernel of dq, dk and dv.
@@ -184,7 +184,7 @@ def test_spans_are_sums_over_exactly_their_steps():
 def compile_gradients(T, H, V, *, decay=True, segments=True, normalize=1e-6,
                       devices=1):
   """Forward and backward of 8 heads on 2, compiled; batch 1 on each device."""
-  mesh = Mesh(np.array(h100s(f'1x1x{devices}')), ('data',))
+  mesh = Mesh(accelerators.h100s(devices), ('data',))
   sharding = NamedSharding(mesh, P('data'))
   struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
       (devices, *shape), dtype, sharding=sharding)

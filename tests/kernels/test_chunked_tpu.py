@@ -6,15 +6,12 @@ for chips that are only described.
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import mesh_utils, topologies
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,11 +20,10 @@ from attention.kernels.chunked import (
     reference,
     tpu_blocks,
 )
-from tests.kernels import oracle, test_chunked
+from tests.kernels import accelerators, oracle, test_chunked
+from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_chunked import EVERYTHING, assert_agree, example, run
 
-CHIPS = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
-         'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
 STATE = ('s0',)
 
 
@@ -66,12 +62,8 @@ EVERYWHERE = ('H128', 'everything', 'float32-H256')
 @pytest.fixture
 def interpreted(capfd):
   """Runs TPU kernels on the CPU, and fails the test on a race."""
-  params = pltpu.InterpretParams(
-      detect_races=True, uninitialized_memory='nan',
-      out_of_bounds_reads='raise')
-  with pltpu.force_tpu_interpret_mode(params):
+  with accelerators.tpu_interpreter(capfd):
     yield
-  assert 'RACE DETECTED' not in capfd.readouterr().out
 
 
 @pytest.fixture
@@ -243,23 +235,13 @@ def test_declines(change, message):
     jax.eval_shape(attend, q, k, v)
 
 
-def topology(chip, name):
-  pytest.importorskip('libtpu', reason='needs pip install libtpu')
-  # No chip is opened: another process may hold libtpu's lock.
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=name)
-  except (RuntimeError, jax.errors.JaxRuntimeError) as error:
-    pytest.skip(f'libtpu does not describe a {chip}: {error}')
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('chip, shape', [
     pytest.param(chip, shape, id=f'{chip}-{shape.id}')
     for chip in CHIPS for shape in SHAPES
     if chip == 'v5e' or shape.id in EVERYWHERE])
 def test_compiles(chip, shape):
-  device = topology(chip, CHIPS[chip]).devices[0]
+  device = accelerators.tpu(chip)
   struct = functools.partial(
       jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
   B, (_, H, V, T, N, K, *_) = 2, shape
@@ -289,9 +271,7 @@ def test_compiles(chip, shape):
 
 @pytest.mark.slow
 def test_compiles_in_a_step_of_64_chips():
-  devices = mesh_utils.create_device_mesh(
-      (8, 8), topology('v5p', 'v5p:4x4x4').devices,
-      allow_split_physical_axes=True)
+  devices = accelerators.tpu_pod(8, 8)
   mesh = Mesh(devices, ('data', 'tensor'))
   series, sums = P('data', None, 'tensor'), P('data', 'tensor')
   attend = jax.shard_map(

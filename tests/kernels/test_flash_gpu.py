@@ -5,8 +5,6 @@ as NaN and a race detector. The compiler is the one of the CUDA plugin.
 """
 
 import functools
-import importlib.util
-import pathlib
 import re
 
 import jax
@@ -16,17 +14,14 @@ import pytest
 from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.state.types import AbstractRef
-from jax.experimental import topologies
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels.flash import cudnn, flash_attention, gpu
-from tests.kernels import test_flash
+from tests.kernels import accelerators, test_flash
+from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_flash import NAMES, Row, make, run
 
-H100 = pathlib.Path(__file__).with_name('h100.txtpb')
-PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 FEATURES = {
     'plain': {}, 'bidirectional': dict(causal=False),
     'window': dict(window=1024), 'softcap': dict(softcap=50.0),
@@ -34,9 +29,6 @@ FEATURES = {
     'everything': dict(window=1024, softcap=50.0, segments=True)}
 # Bytes that dkv spills: the slope of a softcap wants six more registers.
 SPILLS = {('softcap', 128): 24, ('everything', 128): 24}
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, 'InterpretGPUParams'),
-    reason='the interpreter of jax before 0.12 knows no register layouts')
 
 # The tensor cores take widths in steps of 16.
 COMMON_ROWS = tuple(
@@ -93,14 +85,12 @@ def wgmma_from_registers(self, eqn, token, get_invals, *, original):
 
 @pytest.fixture
 def interpreter(monkeypatch):
-  gpu_callbacks.reset_gpu_interpret_mode_state()
   name = '_interpret_wgmma_ref_p'
   original = getattr(jaxpr_interpret.JaxprInterpreter, name)
   monkeypatch.setattr(
       jaxpr_interpret.JaxprInterpreter, name,
       functools.partialmethod(wgmma_from_registers, original=original))
-  with plgpu.force_gpu_interpret_mode(
-      plgpu.InterpretGPUParams(detect_races=True)):
+  with accelerators.gpu_interpreter():
     yield
 
 
@@ -212,17 +202,10 @@ def test_cudnn_gets_an_output_with_the_delta_asked_for():
   assert jnp.all(silent[0] == 0) and jnp.all(jnp.isnan(silent[1]))
 
 
-@functools.cache
-def h100s(shape):
-  """Devices that are described, not attached."""
-  return topologies.get_topology_desc(
-      platform='cuda', target_config=H100.read_text(), topology=shape).devices
-
-
 def compile_gradients(T, S, H, V, *, devices=1, dtype=jnp.bfloat16,
                       implementation='gpu', segments=False, **options):
   """Forward and backward of 8 heads on 2, compiled; batch 1 on each device."""
-  mesh = Mesh(np.array(h100s(f'1x1x{devices}')), ('data',))
+  mesh = Mesh(accelerators.h100s(devices), ('data',))
   sharding = NamedSharding(mesh, P('data'))
   struct = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(
       (devices, *shape), dtype, sharding=sharding)
@@ -244,10 +227,7 @@ def compile_gradients(T, S, H, V, *, devices=1, dtype=jnp.bfloat16,
 
 @pytest.fixture
 def compiler(monkeypatch):
-  if not any(map(importlib.util.find_spec, PLUGINS)):
-    pytest.skip('the CUDA plugin of jax is not installed')
-  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-  monkeypatch.setenv('MOSAIC_GPU_DUMP_PTXAS', '1')
+  accelerators.require_h100_compiler(monkeypatch)
 
 
 @pytest.mark.slow

@@ -6,20 +6,18 @@ for chips that are only described.
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import mesh_utils, topologies
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels.flash import flash_attention, tpu, tpu_blocks
-from tests.kernels import oracle, test_flash
+from tests.kernels import accelerators, oracle, test_flash
+from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_flash import LONG_ROWS, ROWS, Row
 
 # The fast tier: several blocks, each kind of block, each way to list them.
@@ -32,8 +30,6 @@ FAST_ROWS = (
     Row('decode', T=3, S=257, q_offset=180, window=90, traced=True),
     Row('bidirectional traced', T=63, S=128, causal=False, traced=True),
 )
-CHIPS = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
-         'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
 
 
 class Shape(NamedTuple):
@@ -76,12 +72,8 @@ rows = functools.partial(
 @pytest.fixture
 def interpreted(capfd):
   """Runs TPU kernels on the CPU, and fails the test on a race."""
-  params = pltpu.InterpretParams(
-      detect_races=True, uninitialized_memory='nan',
-      out_of_bounds_reads='raise')
-  with pltpu.force_tpu_interpret_mode(params):
+  with accelerators.tpu_interpreter(capfd):
     yield
-  assert 'RACE DETECTED' not in capfd.readouterr().out
 
 
 @pytest.fixture
@@ -256,22 +248,12 @@ def test_declines(shape, dtype, message):
     jax.eval_shape(attend, q, q, q)
 
 
-def topology(chip, name):
-  pytest.importorskip('libtpu', reason='needs pip install libtpu')
-  # No chip is opened: another process may hold libtpu's lock.
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=name)
-  except (RuntimeError, jax.errors.JaxRuntimeError) as error:
-    pytest.skip(f'libtpu does not describe a {chip}: {error}')
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'chip, shape', TARGETS, ids=lambda x: x if isinstance(x, str) else x.id)
 def test_compiles(chip, shape, monkeypatch):
   monkeypatch.setattr(tpu_blocks, 'generation', lambda: chip)
-  device = topology(chip, CHIPS[chip]).devices[0]
+  device = accelerators.tpu(chip)
   struct = functools.partial(
       jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
   q = struct((2, shape.T, 4, shape.H), shape.dtype)
@@ -294,9 +276,7 @@ def test_compiles(chip, shape, monkeypatch):
 @pytest.mark.slow
 def test_compiles_in_a_step_of_64_chips(monkeypatch):
   monkeypatch.setattr(tpu_blocks, 'generation', lambda: 'v5p')
-  devices = mesh_utils.create_device_mesh(
-      (8, 8), topology('v5p', 'v5p:4x4x4').devices,
-      allow_split_physical_axes=True)
+  devices = accelerators.tpu_pod(8, 8)
   mesh = Mesh(devices, ('data', 'tensor'))
   spec = P('data', None, 'tensor')
   attend = jax.shard_map(

@@ -5,8 +5,6 @@ compiler is the one of the CUDA plugin.
 """
 
 import functools
-import importlib.util
-import pathlib
 import re
 
 import jax
@@ -14,30 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental import topologies
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import scan
 from attention.kernels.scan import gpu, pieces, reference
-from tests.kernels import oracle, test_scan
+from tests.kernels import accelerators, oracle, test_scan
+from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_scan import assert_agree, example, run
 
-H100 = pathlib.Path(__file__).with_name('h100.txtpb')
-PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 EVERYTHING = ('z', 'dt_bias', 'h0', 'segment_ids', 'segment_id0')
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, 'InterpretGPUParams'),
-    reason='the interpreter of jax before 0.12 knows no register layouts')
 
 
 @pytest.fixture
 def interpreter():
-  gpu_callbacks.reset_gpu_interpret_mode_state()
-  with plgpu.force_gpu_interpret_mode(
-      plgpu.InterpretGPUParams(detect_races=True)):
+  with accelerators.gpu_interpreter():
     yield
 
 
@@ -233,26 +222,15 @@ def test_lowers_for_cuda(sized):
   assert module.mlir_module().count('custom_call @mosaic_gpu') == 4
 
 
-@functools.cache
-def h100s(number):
-  """Devices that are described, not attached."""
-  return topologies.get_topology_desc(
-      platform='cuda', target_config=H100.read_text(),
-      topology=f'1x1x{number}').devices
-
-
 @pytest.fixture
 def compiler(monkeypatch):
-  if not any(map(importlib.util.find_spec, PLUGINS)):
-    pytest.skip('the CUDA plugin of jax is not installed')
-  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-  monkeypatch.setenv('MOSAIC_GPU_DUMP_PTXAS', '1')
+  accelerators.require_h100_compiler(monkeypatch)
 
 
 def compile_gradients(T, E, M, *, batch=2, dtype=jnp.bfloat16, devices=1,
                       full=True):
   """Forward and backward, compiled; the batch is split over the devices."""
-  mesh = Mesh(np.array(h100s(devices)), ('data',))
+  mesh = Mesh(accelerators.h100s(devices), ('data',))
 
   def struct(*shape, dtype=dtype, spec=P('data')):
     return jax.ShapeDtypeStruct(

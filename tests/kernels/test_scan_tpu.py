@@ -6,26 +6,22 @@ builds for chips that are only described.
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import mesh_utils, topologies
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import scan
 from attention.kernels.scan import reference, tpu
-from tests.kernels import oracle, test_scan
+from tests.kernels import accelerators, oracle, test_scan
+from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_scan import assert_agree, example, op, run
 
 ALL = ('z', 'dt_bias', 'h0', 'segment_ids', 'segment_id0')
-CHIPS = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
-         'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
 
 
 @pytest.fixture
@@ -36,13 +32,10 @@ def interpreted(request, monkeypatch, capfd):
   """
   monkeypatch.setattr(tpu, '_PIECE', 8)
   jax.clear_caches()
-  params = pltpu.InterpretParams(
-      detect_races=getattr(request, 'param', False),
-      uninitialized_memory='nan', out_of_bounds_reads='raise')
-  with pltpu.force_tpu_interpret_mode(params):
+  with accelerators.tpu_interpreter(
+      capfd, races=getattr(request, 'param', False)):
     yield
   jax.clear_caches()
-  assert 'RACE DETECTED' not in capfd.readouterr().out
 
 
 @pytest.fixture
@@ -193,16 +186,6 @@ SHAPES = (
 )
 
 
-def topology(chip, name):
-  pytest.importorskip('libtpu', reason='needs pip install libtpu')
-  # No chip is opened: another process may hold libtpu's lock.
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=name)
-  except (RuntimeError, jax.errors.JaxRuntimeError) as error:
-    pytest.skip(f'libtpu does not describe a {chip}: {error}')
-
-
 def weighed(arrays, ids):
   y, hT = scan.selective_scan(**arrays, **ids, implementation='tpu')
   return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(hT)
@@ -212,7 +195,7 @@ def weighed(arrays, ids):
 @pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: shape.id)
 @pytest.mark.parametrize('chip', CHIPS)
 def test_compiles(chip, shape):
-  device = topology(chip, CHIPS[chip]).devices[0]
+  device = accelerators.tpu(chip)
   arrays = shape.operands(functools.partial(
       jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device)))
   ids = {name: arrays.pop(name) for name in ('segment_ids',) if name in arrays}
@@ -225,9 +208,7 @@ def test_compiles(chip, shape):
 
 @pytest.mark.slow
 def test_compiles_in_a_step_of_64_chips():
-  devices = mesh_utils.create_device_mesh(
-      (8, 8), topology('v5p', 'v5p:4x4x4').devices,
-      allow_split_physical_axes=True)
+  devices = accelerators.tpu_pod(8, 8)
   mesh = Mesh(devices, ('data', 'tensor'))
   series, shared = P('data', None, 'tensor'), P('data')
   split = jax.shard_map(

@@ -4,8 +4,6 @@ The mesh is made of devices that are only described, and 'auto' prefers what it
 would prefer on them; everything else is what main.py runs.
 """
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
@@ -13,8 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import dispatch
-from tests.kernels.test_flash_gpu import PLUGINS, h100s
-from tests.kernels.test_flash_tpu import topology
+from tests.kernels import accelerators
 from train_lib import report, session, sharding, trainer
 
 # Which kernels each list of layers must run.
@@ -60,10 +57,7 @@ def assert_runs(kinds, kernel, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize('kinds', LAYERS, ids='-'.join)
 def test_step_of_64_chips(kinds, compile_step):
-  from jax.experimental import mesh_utils
-  devices = mesh_utils.create_device_mesh(
-      (2, 8, 4), topology('v5p', 'v5p:4x4x4').devices,
-      allow_split_physical_axes=True)
+  devices = accelerators.tpu_pod(2, 8, 4)
   assert_runs(kinds, 'tpu', compile_step(kinds, devices, 'tpu'))
 
 
@@ -72,8 +66,6 @@ def test_step_of_64_chips(kinds, compile_step):
     'kinds', [kinds for kinds in LAYERS if kinds != ('co4',)], ids='-'.join)
 def test_step_of_eight_gpus(kinds, compile_step, monkeypatch):
   """Without co4, whose float32 statistics the tensor cores would round."""
-  if not any(map(importlib.util.find_spec, PLUGINS)):
-    pytest.skip('the CUDA plugin of jax is not installed')
-  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-  devices = np.array(h100s('1x1x8')).reshape(2, 2, 2)
+  accelerators.require_h100_compiler(monkeypatch)
+  devices = accelerators.h100s(8).reshape(2, 2, 2)
   assert_runs(kinds, 'gpu', compile_step(kinds, devices, 'gpu'))
