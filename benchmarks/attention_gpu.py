@@ -44,14 +44,14 @@ def parse_arguments():
   return parser.parse_args()
 
 
-def missing_gpu():
+def missing_gpu(script):
   """Why nothing can be timed here, or ''."""
   if jax.default_backend() != 'gpu':
-    return f'attention_gpu.py needs a GPU; jax runs on {jax.default_backend()}'
+    return f'{script} needs a GPU; jax runs on {jax.default_backend()}'
   device = jax.devices()[0]
   if device.compute_capability != '9.0':
-    return ('attention_gpu.py times Hopper kernels (compute capability 9.0); '
-            f'this is {device.device_kind} ({device.compute_capability})')
+    return (f'{script} times Hopper kernels (compute capability 9.0); this is '
+            f'{device.device_kind} ({device.compute_capability})')
   return ''
 
 
@@ -179,7 +179,7 @@ def bench_row(T, H, window, arguments):
 
 def main():
   arguments = parse_arguments()
-  reason = missing_gpu()
+  reason = missing_gpu('attention_gpu.py')
   if reason:
     raise SystemExit(reason)
   check_results()

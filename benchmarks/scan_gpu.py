@@ -22,7 +22,7 @@ import numpy as np
 from attention.kernels import chunked, scan
 from attention.kernels.chunked import reference as chunked_reference
 from attention.kernels.scan import reference as scan_reference
-from benchmarks.attention_gpu import measure
+from benchmarks.attention_gpu import measure, missing_gpu
 
 # H100 SXM and H200: 132 multiprocessors at 1.755 GHz with all of them at work.
 EXPONENTIALS = 132 * 16 * 1.755e9  # a second
@@ -46,17 +46,6 @@ def parse_arguments():
   # The code paths at a tiny size, without a GPU.
   parser.add_argument('--smoke', action='store_true', help=argparse.SUPPRESS)
   return parser.parse_args()
-
-
-def missing_gpu():
-  """Why nothing can be timed here, or ''."""
-  if jax.default_backend() != 'gpu':
-    return f'scan_gpu.py needs a GPU; jax runs on {jax.default_backend()}'
-  device = jax.devices()[0]
-  if device.compute_capability != '9.0':
-    return ('scan_gpu.py times Hopper kernels (compute capability 9.0); this '
-            f'is {device.device_kind} ({device.compute_capability})')
-  return ''
 
 
 def optional(module, name):
@@ -96,7 +85,7 @@ def scan_torch(op, x, dt, A, B, C, D, z, dt_bias):
 def scan_floor(bandwidth, x, dt, A, B, C, D, z, dt_bias, dy):
   """Least seconds of the forward pass, and of both.
 
-  Backwards every exponential is computed again, and five series are read and
+  Backwards every exponential is computed again, and four series are read and
   three written, where forwards three are read and one is written.
   """
   series, shared = x.nbytes, B.nbytes + C.nbytes
@@ -196,7 +185,7 @@ def bench_row(op, shape, arrays, floor, bandwidth, implementations, arguments):
 
 def main():
   arguments = parse_arguments()
-  reason = missing_gpu()
+  reason = missing_gpu('scan_gpu.py')
   if reason and not arguments.smoke:
     raise SystemExit(reason)
   if arguments.smoke:
