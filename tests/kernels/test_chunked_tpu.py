@@ -20,6 +20,7 @@ from attention.kernels.chunked import (
     reference,
     tpu_blocks,
 )
+from attention.kernels.tpu_tiles import padded_width
 from tests.kernels import accelerators, oracle, test_chunked
 from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_chunked import EVERYTHING, assert_agree, example, run
@@ -86,27 +87,22 @@ def compare(time, options, decay, normalize, tolerance=2e-6):
       tolerance)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize('time, options, decay, normalize', [
     pytest.param(63, (), None, None, id='T63-bare'),
     pytest.param(100, EVERYTHING, 'step', 1e-6, id='T100-everything'),
+    slow(1, EVERYTHING, 'step', 1e-6, id='T1-everything'),
+    slow(1, STATE, None, None, id='T1-linear'),
+    slow(63, STATE, None, 1e-6, id='T63-normalized'),
+    slow(63, EVERYTHING, 'head', None, id='T63-packed-head-decay'),
+    slow(100, EVERYTHING, None, None, id='T100-packed'),
+    slow(100, EVERYTHING, None, 1e-6, id='T100-packed-normalized'),
+    slow(100, STATE, 'step', None, id='T100-step-decay'),
+    slow(257, STATE, 'head', 1e-6, id='T257-head-decay'),
 ])
 def test_matches_reference(
-    time, options, decay, normalize, interpreted, small_blocks):
-  compare(time, options, decay, normalize)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('time, options, decay, normalize', [
-    pytest.param(1, EVERYTHING, 'step', 1e-6, id='T1-everything'),
-    pytest.param(1, STATE, None, None, id='T1-linear'),
-    pytest.param(63, STATE, None, 1e-6, id='T63-normalized'),
-    pytest.param(63, EVERYTHING, 'head', None, id='T63-packed-head-decay'),
-    pytest.param(100, EVERYTHING, None, None, id='T100-packed'),
-    pytest.param(100, EVERYTHING, None, 1e-6, id='T100-packed-normalized'),
-    pytest.param(100, STATE, 'step', None, id='T100-step-decay'),
-    pytest.param(257, STATE, 'head', 1e-6, id='T257-head-decay'),
-])
-def test_matches_reference_with_other_options(
     time, options, decay, normalize, interpreted, small_blocks):
   compare(time, options, decay, normalize)
 
@@ -264,7 +260,7 @@ def test_compiles(chip, shape):
   compiled = jax.jit(jax.grad(loss)).lower(
       arrays, struct((B, T), jnp.int32)).compile()
   assert f'{T},{T}]' not in compiled.as_text()
-  widest = tpu_blocks.round_up(max(H, V), 16)
+  widest = padded_width(max(H, V))
   assert oracle.largest_buffer(compiled) <= B * max(
       T * N * widest, 2 * K * widest**2)
 

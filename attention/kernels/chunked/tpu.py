@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 
 from attention.kernels import chunked
 from attention.kernels.chunked import tpu_backward, tpu_blocks, tpu_chunk
-from attention.kernels.chunked.tpu_chunk import NN, decays_of, dot, flat
+from attention.kernels.chunked.tpu_chunk import decays_of, flat
+from attention.kernels.tpu_tiles import NN, dot
 
 
 def check(operands, starts, *, normalize):

@@ -11,15 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from attention.kernels.chunked import tpu_blocks, tpu_chunk
-from attention.kernels.chunked.tpu_chunk import (
-    NN,
-    NT,
-    TN,
-    decays_of,
-    dot,
-    flat,
-    kept,
-)
+from attention.kernels.chunked.tpu_chunk import decays_of, flat, kept
+from attention.kernels.tpu_tiles import NN, NT, TN, dot
 
 
 def kernel(r, spec):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attention.kernels.tpu_tiles import pad, padded_width, round_up
+
 # Steps of a chunk: where the products within it and those with the state cost
 # the least together for the usual widths.
 CHUNK = 128
@@ -66,10 +68,6 @@ def specification(T, rows, heads, eps):
     return Spec(T, round_up(T, 16), 1, 1, eps)
   chunks = min(max(rows // (heads * CHUNK), 1), pl.cdiv(T, CHUNK))
   return Spec(T, CHUNK, chunks, pl.cdiv(T, CHUNK * chunks), eps)
-
-
-def round_up(x, multiple):
-  return -(-x // multiple) * multiple
 
 
 def walk(spec, table, visit, *, reverse=False):
@@ -181,13 +179,13 @@ class Launch:
 
   def queries(self, x):
     """[B,T,N,H] -> [B,P,G,T,H]."""
-    x = jnp.swapaxes(_pad(x, 3, padded_width(x.shape[3])), 1, 2)
+    x = jnp.swapaxes(pad(x, 3, padded_width(x.shape[3])), 1, 2)
     x = x.reshape(self.B, self.P, self.G, *x.shape[2:])
     return x, self.out_queries(x.shape[4], x.dtype)[1]
 
   def keys(self, x):
     """[B,T,K,H] -> [B,K,T,H]."""
-    x = jnp.swapaxes(_pad(x, 3, padded_width(x.shape[3])), 1, 2)
+    x = jnp.swapaxes(pad(x, 3, padded_width(x.shape[3])), 1, 2)
     return x, self._spec((None, None, self.spec.steps, x.shape[3]),
                          lambda b, p, h, i: (b, h, i, 0))
 
@@ -197,15 +195,15 @@ class Launch:
       return None
     # A product has no room for 0 * inf; exp of this is 0 just the same.
     x = jnp.maximum(x.astype(jnp.float32), -1e30) * LOG2E
-    x = _pad(jnp.swapaxes(x, 1, 2), 2, self.spec.blocks * self.spec.steps)
+    x = pad(jnp.swapaxes(x, 1, 2), 2, self.spec.blocks * self.spec.steps)
     return x[:, :, None], self.out_decays(own=False)[1]
 
   def state(self, x, *, own=False):
     """[B,K,H,V], or [B,K,H] as a row; own: [B,P,...], one each program."""
     if x is None:
       return None
-    x = _pad(x.astype(jnp.float32), 2, self.H)
-    x = x[:, :, None] if x.ndim == 3 else _pad(x, 3, self.V)
+    x = pad(x.astype(jnp.float32), 2, self.H)
+    x = x[:, :, None] if x.ndim == 3 else pad(x, 3, self.V)
     return x, self._spec((None, None, *x.shape[2:]),
                          lambda b, p, h, i: (b, p if own else h, 0, 0))
 
@@ -294,7 +292,7 @@ class Launch:
     """[B,K,...] -> [B,P,...]: to the first of a head's programs, else 0."""
     if x is None or self.P == self.K:
       return x
-    x = _pad(x[:, :, None], 2, self.P // self.K)
+    x = pad(x[:, :, None], 2, self.P // self.K)
     return x.reshape(self.B, self.P, *x.shape[3:])
 
   def of_heads(self, x, *, total):
@@ -303,15 +301,3 @@ class Launch:
       return x
     x = x.reshape(self.B, self.K, -1, *x.shape[2:])
     return x.sum(2) if total else x[:, :, 0]
-
-
-def _pad(x, axis, size):
-  """Pads the end of an axis with zeros."""
-  pads = [(0, 0)] * x.ndim
-  pads[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, pads) if pads[axis][1] else x
-
-
-def padded_width(width):
-  """H or V in the kernel: whole sublanes of bfloat16 when turned over."""
-  return round_up(width, 16)

@@ -8,18 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from attention.kernels.tpu_tiles import NN, NT, dot
+
 LANES = 128
-
-# Contractions of matmuls, by the dimensions they sum over: a b, a b^T, a^T b.
-NN, NT, TN = (1, 0), (1, 1), (0, 0)
-
-
-def dot(a, b, contract):
-  """Matmul over one dimension of each, exact products, float32 sums."""
-  exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-      a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact,
-      preferred_element_type=jnp.float32)
 
 
 def flat(x):

@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels.flash import tpu_blocks, tpu_launch
 from attention.kernels.flash.tpu_blocks import EMPTY, PARTIAL, TRIANGLE
+from attention.kernels.tpu_tiles import NN, NT, dot, padded_width, round_up
 
 _LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)
@@ -39,8 +40,6 @@ _LOWEST = float(np.finfo(np.float32).min)
 # Rows of ones under v^T, whose products with p are its sums: a packed tile.
 _ONES = 16
 
-# Contractions of matmuls, by the dimensions they sum over: a b, a b^T.
-_NN, _NT = (1, 0), (1, 1)
 
 
 def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
@@ -79,7 +78,7 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
   call = tpu_launch.Launch(
       q, k, v, q_ids, kv_ids, q_offset, backward=False, scale=scale,
       causal=causal, window=window, softcap=softcap)
-  queries, V = call.blocks.q, tpu_launch.padded_width(v)
+  queries, V = call.blocks.q, padded_width(v.shape[-1])
   row = pltpu.VMEM((1, queries), jnp.float32)
   out, lse = call.run(
       _forward_kernel,
@@ -117,7 +116,7 @@ def _gradients(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, dq_dtype,
   """Returns dq, dk and dv for as many keys as fit in VMEM."""
   call = tpu_launch.Launch(
       q, k, v, q_ids, kv_ids, q_offset, backward=True, **options)
-  H, V = tpu_launch.padded_width(k), tpu_launch.padded_width(v)
+  H, V = padded_width(k.shape[-1]), padded_width(v.shape[-1])
   dq, dk, dv = call.run(
       _backward_kernel,
       [call.queries(q), call.keys(k), call.keys(v), call.queries(dout),
@@ -135,22 +134,14 @@ def _gradients(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, dq_dtype,
 
 def _most_keys(k, v):
   """Keys whose dk and dv take a third of VMEM: sums and two output buffers."""
-  lanes = sum(tpu_blocks.round_up(x.shape[-1], 128) for x in (k, v))
+  lanes = sum(round_up(x.shape[-1], 128) for x in (k, v))
   bytes_a_key = lanes * (4 + 2 * k.dtype.itemsize)
   return max(tpu_blocks.vmem_bytes() // 3 // bytes_a_key // 512, 1) * 512
 
 
-def _dot(a, b, contract):
-  """Matmul over one dimension of each, exact products, float32 sums."""
-  exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-      a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact,
-      preferred_element_type=jnp.float32)
-
-
 def _scores(spec, keys, queries):
   """Scores [keys, queries] times log2(e), and their slope under the softcap."""
-  s = _dot(keys, queries, _NT)
+  s = dot(keys, queries, NT)
   if not spec.softcap:
     return s * (spec.scale * _LOG2E), None
   bounded = jnp.tanh(s * (spec.scale / spec.softcap))
@@ -279,7 +270,7 @@ def _forward_block(spec, kind, i, j, ids, q, k, v, top, total, acc):
     p = jnp.exp2(s - new_m)
     if masked:
       p = jnp.where(seen, p, 0.0)
-    product = _dot(turned[:, keys], p.astype(v.dtype), _NN)
+    product = dot(turned[:, keys], p.astype(v.dtype), NN)
     width = acc.shape[0]
     if spec.blocks.mxu_sums:
       sums = product[width:width + 1]
@@ -344,7 +335,7 @@ def _backward_block(spec, kind, i, j, ids, q, k, v, dout, rows, dq, dk, dv):
   def start(t):
     queries, keys, _ = tiles[t]
     started[t] = (*_scores(spec, k[keys], q[queries]),
-                  _dot(v[keys], dout[queries], _NT))
+                  dot(v[keys], dout[queries], NT))
 
   for t in range(min(spec.blocks.ahead, len(tiles))):
     start(t)
@@ -361,6 +352,6 @@ def _backward_block(spec, kind, i, j, ids, q, k, v, dout, rows, dq, dk, dv):
     p, ds = p.astype(v.dtype), ds.astype(k.dtype)
     at = pl.ds(pl.multiple_of(j, spec.blocks.k) + keys.start,
                keys.stop - keys.start)
-    dv[at] += _dot(p, dout[queries], _NN)
-    dk[at] += _dot(ds, q[queries], _NN)
-    dq[:, queries] += _dot(turned[:, keys], ds, _NN)
+    dv[at] += dot(p, dout[queries], NN)
+    dk[at] += dot(ds, q[queries], NN)
+    dq[:, queries] += dot(turned[:, keys], ds, NN)

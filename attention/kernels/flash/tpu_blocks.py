@@ -7,6 +7,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attention.kernels.tpu_tiles import round_up
+
 # What the mask leaves of a block of [queries, keys]: nothing, a part of no
 # known shape, the lower triangle (diagonal to diagonal), everything.
 EMPTY, PARTIAL, TRIANGLE, FULL = range(4)
@@ -124,10 +126,6 @@ def _even(length, most):
   """Cuts a length in blocks of up to round_up(most, 128), with a small end."""
   blocks = pl.cdiv(length, round_up(most, 128))
   return round_up(pl.cdiv(length, blocks), 128)
-
-
-def round_up(x, multiple):
-  return -(-x // multiple) * multiple
 
 
 class Visits(NamedTuple):

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels.flash import tpu_blocks
+from attention.kernels.tpu_tiles import pad, padded_width, round_up
 
 
 class Spec(NamedTuple):
@@ -45,8 +46,8 @@ class Launch:
       q_ids = None if q_ids is None else jnp.tile(q_ids, (1, rows // self.T))
     self.n_rows = rows if folded else self.T
     self.blocks = sizes(self.n_rows)
-    self.n_queries = tpu_blocks.round_up(self.n_rows, self.blocks.q)
-    self.n_keys = tpu_blocks.round_up(S, self.blocks.k)
+    self.n_queries = round_up(self.n_rows, self.blocks.q)
+    self.n_keys = round_up(S, self.blocks.k)
     self.visits = tpu_blocks.visits(
         self.blocks, self.T, S, q_ids, kv_ids, q_offset,
         causal=options['causal'], window=options['window'], folded=folded)
@@ -58,9 +59,9 @@ class Launch:
     self.ids = []
     if q_ids is not None:
       self.ids = [
-          (_pad(q_ids[:, None], 2, self.n_queries), self._spec(
+          (pad(q_ids[:, None], 2, self.n_queries), self._spec(
               (None, 1, self.blocks.q), lambda b, n, h, i, j: (b, 0, i))),
-          (_pad(kv_ids[:, None], 2, self.n_keys), self._spec(
+          (pad(kv_ids[:, None], 2, self.n_keys), self._spec(
               (None, 1, self.blocks.k), lambda b, n, h, i, j: (b, 0, j)))]
 
   def _spec(self, shape, index):
@@ -76,7 +77,7 @@ class Launch:
   def queries(self, x):
     """[B,T,N,H] -> ([B,heads,rows,H], its block)."""
     x = jnp.swapaxes(x, 1, 2).reshape(self.B, self.K * self.G, self.n_rows, -1)
-    x = _pad(_pad(x, 2, self.n_queries), 3, padded_width(x))
+    x = pad(pad(x, 2, self.n_queries), 3, padded_width(x.shape[-1]))
     return x, self._spec((None, None, self.blocks.q, x.shape[3]),
                          lambda b, n, h, i, j: (b, n, i, 0))
 
@@ -84,13 +85,14 @@ class Launch:
     """[B,N,T] each -> ([B,heads,arrays,rows], its block)."""
     x = jnp.stack([x.reshape(self.B, self.K * self.G, self.n_rows)
                    for x in arrays], axis=2)
-    return _pad(x, 3, self.n_queries), self._spec(
+    return pad(x, 3, self.n_queries), self._spec(
         (None, None, len(arrays), self.blocks.q),
         lambda b, n, h, i, j: (b, n, 0, i))
 
   def keys(self, x):
     """[B,S,K,H] -> ([B,K,keys,H], its block)."""
-    x = _pad(_pad(jnp.swapaxes(x, 1, 2), 2, self.n_keys), 3, padded_width(x))
+    x = pad(jnp.swapaxes(x, 1, 2), 2, self.n_keys)
+    x = pad(x, 3, padded_width(x.shape[-1]))
     return x, self._spec((None, None, self.blocks.k, x.shape[3]),
                          lambda b, n, h, i, j: (b, h, j, 0))
 
@@ -151,15 +153,3 @@ class Launch:
                 x.size * x.dtype.itemsize for x in (*inputs, *shapes))),
         name=name,
     )(jnp.asarray(self.visits.words).reshape(-1), self.q_offset, *inputs)
-
-
-def _pad(x, axis, size):
-  """Pads the end of an axis with zeros."""
-  pads = [(0, 0)] * x.ndim
-  pads[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, pads) if pads[axis][1] else x
-
-
-def padded_width(x):
-  """The last dimension in the kernel: whole sublanes when turned over."""
-  return tpu_blocks.round_up(x.shape[-1], 16)

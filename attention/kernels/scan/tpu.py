@@ -38,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.kernels import scan
 from attention.kernels.scan import tpu_chunk, tpu_kernels
 from attention.kernels.scan.tpu_chunk import LANES, LOG2E, SUBLANES
+from attention.kernels.tpu_tiles import round_up
 
 # Steps that are unrolled: the rows of a tile of bfloat16, too.
 _PIECE = 16
@@ -131,14 +132,14 @@ class _Launch:
   def __init__(self, operands, starts, dt_softplus, *, reverse=False):
     x, dt, A, B, C, D, z, dt_bias, h0 = operands
     self.B, T, E = x.shape
-    M = _round_up(A.shape[1], SUBLANES)
+    M = round_up(A.shape[1], SUBLANES)
     if LANES % M:
       M = 64
-    lanes = min(_STATES // M // LANES * LANES, _round_up(E, LANES))
+    lanes = min(_STATES // M // LANES * LANES, round_up(E, LANES))
     # Few channels: two rows of the batch at a time.
     rows = 2 if self.B % 2 == 0 and 2 * lanes * M <= _STATES else 1
     chunk = min(LANES if M < 64 and rows == 1 else LANES // 2,
-                _round_up(T, _PIECE))
+                round_up(T, _PIECE))
     self.spec = tpu_chunk.Spec(
         rows, chunk, _PIECE, lanes, T, E, M, dt_softplus)
     self.reverse = reverse
@@ -285,7 +286,3 @@ class _Launch:
 def _padded(x, shape):
   """Pads the ends of the axes with zeros."""
   return jnp.pad(x, [(0, to - size) for to, size in zip(shape, x.shape)])
-
-
-def _round_up(x, multiple):
-  return -(-x // multiple) * multiple
