@@ -14,8 +14,8 @@ from jax.experimental import mesh_utils, topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-CHIPS = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
-         'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
+from benchmarks.bundles import TOPOLOGIES as CHIPS
+
 H100 = pathlib.Path(__file__).with_name('h100.txtpb')
 PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 
