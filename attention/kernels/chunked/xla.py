@@ -1,21 +1,26 @@
 """Linear attention in chunks, in plain jnp: matrix products over a scan.
 
 Within a chunk every query meets every key, as in the quadratic form; what came
-before the chunk is in its state. Forward keeps the state before each chunk,
-backward takes the chunks in reverse and differentiates one at a time.
+before the chunk is in its state. A few chunks make a group, whose products are
+made together, and the scan goes from group to group. Forward keeps the state
+before each group, backward takes the groups in reverse and differentiates one
+at a time.
 
-Chunks are laid out [B, K, C, ...], queries [B, K, G, C, H], so that each
-product is one batched matrix product without a transpose.
+A group of n chunks is laid out [B, K, n, T, ...] and its queries [B, K, n, G,
+T, H], T the steps of a chunk, so that each product is one batched matrix
+product without a transpose.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from attention.kernels import chunked
 
-# On a CPU 64 steps take about a tenth more time at H = V = 64, and more at 128:
-# the pairs of a chunk cost more than its state.
-CHUNK = 32
+# On a CPU groups of one chunk take a fifth more time; larger groups and chunks
+# gain nothing, or lose.
+CHUNK, GROUP = 32, 4
 
 
 def check(operands, starts, *, normalize):
@@ -29,12 +34,12 @@ def forward(operands, starts, *, normalize):
 
   def step(state, inputs):
     inputs, starts = inputs
-    after, y = _chunk(state, inputs, starts, normalize)
+    after, y = _group(state, inputs, starts, normalize)
     return after, (y, state)
 
-  inputs = _inputs(q, k, v, decay), _split(starts, features=0)
+  inputs = _inputs(q, k, v, decay), _split(starts, 'nT')
   (sT, zT), (y, states) = jax.lax.scan(step, _float32((s0, z0)), inputs)
-  y = jnp.moveaxis(y, (0, -2), (1, 2))
+  y = jnp.einsum('gBKnGTV->BgnTKGV', y)
   y = y.reshape(y.shape[0], -1, *q.shape[2:-1], v.shape[-1])
   return y[:, :q.shape[1]].astype(v.dtype), sT, zT, states
 
@@ -46,66 +51,118 @@ def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
   def step(dstate, inputs):
     state, inputs, starts, dy = inputs
     _, pull = jax.vjp(
-        lambda state, inputs: _chunk(state, inputs, starts, normalize),
+        lambda state, inputs: _group(state, inputs, starts, normalize),
         state, inputs)
     return pull((dstate, dy.astype(jnp.float32)))
 
   inputs, pull_inputs = jax.vjp(_inputs, q, k, v, decay)
-  dy = _split(_grouped(dy, k.shape[2]), features=1)
-  starts = _split(starts, features=0)
+  dy = _split(_by_key(dy, k.shape[2]), 'KnGTV')
+  starts = _split(starts, 'nT')
   (ds0, dz0), dinputs = jax.lax.scan(
       step, _float32((dsT, dzT)), (states, inputs, starts, dy), reverse=True)
   return chunked.Operands(*pull_inputs(dinputs), ds0, dz0)
 
 
-def _chunk(state, inputs, starts, normalize):
-  """One chunk: the state after it, and its outputs."""
-  S, z = state
+def _group(state, inputs, starts, normalize):
+  """One group of chunks: the state after it, and its outputs."""
   q, k, v, decay = _float32(inputs)
-  steps = k.shape[-2]
-  pairs, from_state, to_end = _visible(starts, steps)
+  pairs, from_state, to_end = _visible(starts, k.shape[2:4])
+  # All queries of a key head in one product.
+  rows = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])
+  grouped = lambda x: x.reshape(*q.shape[:-1], x.shape[-1])
 
-  weights = jnp.einsum('BKGTH,BKSH->BKGTS', q, k)
-  weights = jnp.where(pairs[:, None, None], weights, 0.0)
-  k_kept = jnp.where(to_end[:, None, :, None], k, 0.0)
-  S_kept = S
+  weights = grouped(_matmul('a b^T', rows(q), k))
+  weights = jnp.where(pairs[:, None, :, None], weights, 0.0)
+  k_kept = jnp.where(to_end[:, None, ..., None], k, 0.0)
+  kept = None
   if decay is not None:
     within, before = _decays(decay)
-    weights = weights * within[:, :, None]
-    q = q * before[:, :, None, :, None]
-    k_kept = k_kept * within[:, :, -1, :, None]
-    S_kept = S * before[:, :, -1, None, None]
-  carried = jnp.einsum('BKGTH,BKHV->BKGTV', q, S)
-  carried = jnp.where(from_state[:, None, None, :, None], carried, 0.0)
-  y = jnp.einsum('BKGTS,BKSV->BKGTV', weights, v) + carried
-  survives = from_state[:, -1, None, None]
-  S = (jnp.where(survives[..., None], S_kept, 0.0)
-       + jnp.einsum('BKSH,BKSV->BKHV', k_kept, v))
+    weights = weights * within[:, :, :, None]
+    q = q * before[..., None, :, None]
+    k_kept = k_kept * within[..., -1, :, None]
+    kept = before[..., -1]
+  survives = from_state[:, None, :, -1]
+
+  new = _matmul('a^T b', k_kept, v)
+  S, S_before = _states(state[0], new, survives, kept)
+  from_state = from_state[:, None, :, None]
+  carried = grouped(_matmul('a b', rows(q), S_before))
+  carried = jnp.where(from_state[..., None], carried, 0.0)
+  y = grouped(_matmul('a b', rows(weights), v)) + carried
   if normalize is None:
     return (S, None), y
 
-  carried = jnp.einsum('BKGTH,BKH->BKGT', q, z)
-  carried = jnp.where(from_state[:, None, None], carried, 0.0)
+  z, z_before = _states(state[1], k_kept.sum(-2), survives, kept)
+  carried = jnp.einsum('BKnGTH,BKnH->BKnGT', q, z_before)
+  carried = jnp.where(from_state, carried, 0.0)
   # The reciprocal first: its gradient takes one division a row.
   y = y * (1 / (weights.sum(-1) + carried + normalize))[..., None]
-  z_kept = z if decay is None else z * before[:, :, -1, None]
-  z = jnp.where(survives, z_kept, 0.0) + k_kept.sum(-2)
   return (S, z), y
 
 
-def _visible(starts, steps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(form, a, b):
+  """A batched product, 'a b', 'a b^T' or 'a^T b', as its gradients are.
+
+  On a CPU a product over the rows of a runs on a slow path. Half the products
+  of a gradient are such, so that a is transposed first; the barrier keeps the
+  compiler from undoing that.
+  """
+  if form == 'a^T b':
+    a = jax.lax.optimization_barrier(a.swapaxes(-1, -2))
+  elif form == 'a b^T':
+    b = b.swapaxes(-1, -2)
+  return a @ b
+
+
+def _matmul_forward(form, a, b):
+  return _matmul(form, a, b), (a, b)
+
+
+def _matmul_backward(form, operands, dc):
+  a, b = operands
+  if form == 'a b':
+    return _matmul('a b^T', dc, b), _matmul('a^T b', a, dc)
+  if form == 'a b^T':
+    return _matmul('a b', dc, b), _matmul('a^T b', dc, a)
+  return _matmul('a b^T', b, dc), _matmul('a b', a, dc)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _states(state, new, survives, kept):
+  """The state after the group, and those before each chunk, [B, K, n, ...].
+
+  Args:
+    state: before the group, [B, K, ...].
+    new: what each chunk adds to it, [B, K, n, ...].
+    survives: whether the state outlives each chunk, [B or 1, 1, n].
+    kept: what is left of it then, [B, K, n] or None: all.
+  """
+  widen = lambda a: a.reshape(*a.shape, *[1] * (new.ndim - 3))
+  survives, kept = widen(survives), None if kept is None else widen(kept)
+  before = []
+  for i in range(new.shape[2]):
+    before.append(state)
+    left = state if kept is None else state * kept[:, :, i]
+    state = jnp.where(survives[:, :, i], left, 0.0) + new[:, :, i]
+  return state, jnp.stack(before, axis=2)
+
+
+def _visible(starts, shape):
   """Which pairs meet, which steps see the state, which the state after sees."""
   if starts is None:
-    document = jnp.zeros((1, steps), int)
+    document = jnp.zeros((1, *shape), int)
   else:
-    document = jnp.cumsum(starts, axis=1)
-  causal = jnp.tril(jnp.ones((steps, steps), bool))
-  pairs = causal & (document[:, :, None] == document[:, None, :])
-  return pairs, document == 0, document == document[:, -1:]
+    document = jnp.cumsum(starts, axis=-1)
+  causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
+  pairs = causal & (document[..., :, None] == document[..., None, :])
+  return pairs, document == 0, document == document[..., -1:]
 
 
 def _decays(decay):
-  """Decay from step s to t, [B, K, T, S], and from the state to t, [B, K, T].
+  """Decay from step s to t, [B,K,n,T,S], and from the state to t, [B,K,n,T].
 
   Sums of log decays, never differences of sums: they are <= 0 however they
   round, and exact beside a decay of any size. As products with a triangle of
@@ -117,38 +174,40 @@ def _decays(decay):
   until = jnp.tril(jnp.ones((steps, steps)))
   later = jnp.tril(jnp.ones((steps, steps), bool), -1)
   within = jnp.einsum(
-      'TU,BKUS->BKTS', until, jnp.where(later, decay[..., None], 0.0),
+      'TU,BKnUS->BKnTS', until, jnp.where(later, decay[..., None], 0.0),
       precision='highest')
-  before = jnp.einsum('TU,BKU->BKT', until, decay, precision='highest')
+  before = jnp.einsum('TU,BKnU->BKnT', until, decay, precision='highest')
   return jnp.exp(within), jnp.exp(before)
 
 
 def _inputs(q, k, v, decay):
-  q = _grouped(q, k.shape[2])
-  return (_split(q, features=1), _split(k, features=1), _split(v, features=1),
-          _split(decay, features=0))
+  return (_split(_by_key(q, k.shape[2]), 'KnGTH'), _split(k, 'KnTH'),
+          _split(v, 'KnTV'), _split(decay, 'KnT'))
 
 
-def _grouped(q, groups):
-  return q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
+def _by_key(q, heads):
+  """[B, T, N, H] to [B, T, K, G, H]."""
+  return q.reshape(*q.shape[:2], heads, -1, q.shape[-1])
 
 
-def _split(array, *, features):
-  """[B, T, ...] to [chunks, B, ..., C, features], filled up with zeros.
+def _split(array, layout):
+  """[B, T, ...] to [groups, B, *layout], filled up with zeros.
 
   A key of zero and a log decay of zero leave the state as it is.
   """
   if array is None:
     return None
-  time = array.shape[1]
   # As even as they can be: 100 steps are four chunks of 25, not 3 of 32 and 4.
-  number = -(-time // CHUNK)
-  steps = -(-time // number)
+  chunks = -(-array.shape[1] // CHUNK)
+  groups = -(-chunks // GROUP)
+  chunks = -(-chunks // groups)
+  steps = -(-array.shape[1] // (groups * chunks))
   fill = [(0, 0)] * array.ndim
-  fill[1] = (0, number * steps - time)
+  fill[1] = (0, groups * chunks * steps - array.shape[1])
   array = jnp.pad(array, fill)
-  array = array.reshape(array.shape[0], number, steps, *array.shape[2:])
-  return jnp.moveaxis(array, (1, 2), (0, -1 - features))
+  array = array.reshape(-1, groups, chunks, steps, *array.shape[2:])
+  rest = layout.translate({ord('n'): None, ord('T'): None})
+  return jnp.einsum(f'BgnT{rest}->gB{layout}', array)
 
 
 def _float32(tree):

@@ -7,7 +7,9 @@ On a CPU this is several times faster than associative scans, whole or inside
 chunks: those do more arithmetic and go through memory at each of their levels.
 
 The state is laid out [B, M, E]: channels last, so that every step is one
-vector operation over E, with B_t and C_t broadcast.
+vector operation over E, with B_t and C_t broadcast. Inputs are laid out
+[T, B, ...], and filled up with zeros to whole chunks: a step size of zero
+leaves the state as it is.
 """
 
 import jax
@@ -31,17 +33,19 @@ def forward(operands, starts, *, dt_softplus):
 
   def step(h, inputs):
     x, delta, B, C, start = inputs
-    h, _ = _step(h, x, delta, A, B, start)
+    h = _step(_reset(h, start), x, delta, A, B)
     return h, _einsum('BME,BM->BE', h, C)
 
   def chunk(h, inputs):
     last, s = jax.lax.scan(step, h, inputs)
     return last, (s, h)
 
-  inputs = _chunks((x, delta, B, C, starts))
+  inputs = _time_first((x, delta, B, C, starts))
+  inputs = jax.tree.map(
+      lambda a: a.reshape(*_layout(x.shape[1]), *a.shape[1:]), inputs)
   h, (s, states) = jax.lax.scan(chunk, h, inputs)
-  y = _output(_unchunk(s, x.shape[1]), x, D, z).astype(x.dtype)
-  return y, h.swapaxes(1, 2), states
+  s = _batch_first(s.reshape(-1, *s.shape[2:]), x.shape[1])
+  return _output(s, x, D, z).astype(x.dtype), h.swapaxes(1, 2), states
 
 
 def backward(operands, starts, states, dy, dhT, *, dt_softplus):
@@ -52,42 +56,59 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   dy = dy.astype(jnp.float32)
   ds = dy if z is None else dy * jax.nn.silu(z.astype(jnp.float32))
   A = A.astype(jnp.float32).T
+  number, steps = _layout(x.shape[1])
+  inputs = _time_first((x, delta, B, C, starts, ds))
 
-  def again(h, inputs):
-    x, delta, B, C, start, _ = inputs
-    h, kept = _step(h, x, delta, A, B, start)
-    return h, (kept, None if z is None else _einsum('BME,BM->BE', h, C))
+  # Loops that index the whole arrays, not scans: these would cut out each
+  # chunk's inputs first, and fill a new array for its states with zeros.
+  def chunk(i, carry):
+    last = number - 1 - i
+    first = last * steps
+    dh, dA, before, again_outputs, back_outputs = carry
 
-  def back(carry, inputs):
-    dh, dA = carry
-    (x, delta, B, C, start, ds), kept = inputs
-    dh = dh + ds[:, None, :] * C[:, :, None]
-    h = kept + (delta * x)[:, None, :] * B[:, :, None]
-    dkept = dh * kept
-    du = _einsum('BME,BM->BE', dh, B)
-    dx, ddelta = delta * du, x * du + (dkept * A).sum(1)
-    dB = _einsum('BME,BE->BM', dh, delta * x)
-    dC = _einsum('BME,BE->BM', h, ds)
-    dA = dA + dkept * delta[:, None, :]
-    dh = jnp.exp(delta[:, None, :] * A) * dh
-    if start is not None:
-      dh = jnp.where(start[:, None, None], 0.0, dh)
-    return (dh, dA), (dx, ddelta, dB, dC)
+    def again(i, carry):
+      before, outputs = carry
+      x, delta, B, C, start, ds = _at(inputs, first + i)
+      h = _step(_reset(_at(before, i), start), x, delta, A, B)
+      s = None if z is None else _einsum('BME,BM->BE', h, C)
+      dC = _einsum('BME,BE->BM', h, ds)
+      return _put(before, i + 1, h), _put(outputs, first + i, (s, dC))
 
-  def chunk(carry, inputs):
-    h, inputs = inputs
-    _, (kept, s) = jax.lax.scan(again, h, inputs)
-    carry, gradients = jax.lax.scan(
-        back, carry, (inputs, kept), reverse=True)
-    return carry, (*gradients, s)
+    def back(i, carry):
+      i = steps - 1 - i
+      dh, dA, outputs = carry
+      x, delta, B, C, start, ds = _at(inputs, first + i)
+      dh = dh + ds[:, None, :] * C[:, :, None]
+      du = _einsum('BME,BM->BE', dh, B)
+      dB = _einsum('BME,BE->BM', dh, delta * x)
+      # Now of the state before the step; times it, of the exponents.
+      dh = jnp.exp(delta[:, None, :] * A) * dh
+      dexponents = dh * _reset(_at(before, i), start)
+      # A product with ones costs less than a sum, which copies A for each row.
+      ddelta = x * du + _einsum(
+          'BME,BM->BE', dexponents * A, jnp.ones(B.shape))
+      dA = dA + dexponents * delta[:, None, :]
+      outputs = _put(outputs, first + i, (delta * du, ddelta, dB))
+      return _reset(dh, start), dA, outputs
 
+    before = _put(before, 0, _at(states, last))
+    before, again_outputs = jax.lax.fori_loop(
+        0, steps, again, (before, again_outputs))
+    dh, dA, back_outputs = jax.lax.fori_loop(
+        0, steps, back, (dh, dA, back_outputs))
+    return dh, dA, before, again_outputs, back_outputs
+
+  dh = dhT.astype(jnp.float32).swapaxes(1, 2)
   # dA is summed over the batch at the end: cheaper than at every step.
-  dhT = dhT.astype(jnp.float32).swapaxes(1, 2)
-  carry = (dhT, jnp.zeros_like(dhT))
-  inputs = (states, _chunks((x, delta, B, C, starts, ds)))
-  (dh0, dA), outputs = jax.lax.scan(chunk, carry, inputs, reverse=True)
-  dx, ddelta, dB, dC, s = jax.tree.map(
-      lambda array: _unchunk(array, x.shape[1]), outputs)
+  dA = jnp.zeros_like(dh)
+  before = jnp.zeros((steps + 1, *dh.shape))
+  wide, narrow = (jnp.zeros(a.shape) for a in (inputs[0], inputs[2]))
+  again_outputs = None if z is None else wide, narrow
+  dh, dA, _, again_outputs, back_outputs = jax.lax.fori_loop(
+      0, number, chunk, (dh, dA, before, again_outputs, (wide, wide, narrow)))
+  s, dC, dx, ddelta, dB = jax.tree.map(
+      lambda array: _batch_first(array, x.shape[1]),
+      (*again_outputs, *back_outputs))
   if s is None:
     s = jnp.zeros_like(ds)
   _, pull_output = jax.vjp(_output, s, x, D, z)
@@ -95,7 +116,7 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   ddt, ddt_bias = pull_delta(ddelta)
   return scan.Operands(
       dx + dx_skip, ddt, dA.sum(0).T, dB, dC, dD, dz, ddt_bias,
-      dh0.swapaxes(1, 2))
+      dh.swapaxes(1, 2))
 
 
 def _einsum(equation, *operands):
@@ -110,12 +131,13 @@ def _step_sizes(dt, dt_bias, dt_softplus):
   return jax.nn.softplus(delta) if dt_softplus else delta
 
 
-def _step(h, x, delta, A, B, start):
-  """Returns h_t and what is left of h_{t-1} in it."""
-  if start is not None:
-    h = jnp.where(start[:, None, None], 0.0, h)
-  kept = jnp.exp(delta[:, None, :] * A) * h
-  return kept + (delta * x)[:, None, :] * B[:, :, None], kept
+def _step(h, x, delta, A, B):
+  return (jnp.exp(delta[:, None, :] * A) * h
+          + (delta * x)[:, None, :] * B[:, :, None])
+
+
+def _reset(h, start):
+  return h if start is None else jnp.where(start[:, None, None], 0.0, h)
 
 
 def _output(s, x, D, z):
@@ -129,20 +151,27 @@ def _layout(time):
   return number, -(-time // number)
 
 
-def _chunks(arrays):
-  """[B, T, ...] to [chunks, steps, B, ...], filled up with zeros.
-
-  A step size of zero leaves the state as it is.
-  """
+def _time_first(arrays):
+  """[B, T, ...] to [chunks * steps, B, ...]."""
   def one(array):
     number, steps = _layout(array.shape[1])
     fill = [(0, 0)] * array.ndim
     fill[1] = (0, number * steps - array.shape[1])
-    array = jnp.pad(array, fill).swapaxes(0, 1)
-    return array.reshape(number, steps, *array.shape[1:])
+    return jnp.pad(array, fill).swapaxes(0, 1)
   return jax.tree.map(one, arrays)
 
 
-def _unchunk(array, time):
-  array = array.reshape(-1, *array.shape[2:])
+def _batch_first(array, time):
   return array[:time].swapaxes(0, 1)
+
+
+def _at(arrays, i):
+  return jax.tree.map(
+      lambda array: jax.lax.dynamic_index_in_dim(array, i, keepdims=False),
+      arrays)
+
+
+def _put(arrays, i, values):
+  return jax.tree.map(
+      lambda array, value: jax.lax.dynamic_update_index_in_dim(
+          array, value, i, axis=0), arrays, values)
