@@ -6,10 +6,13 @@
 For T = 512 to 32,768, doubling: milliseconds of forward and backward, the
 ratio to the length before, the temporaries of the compiled program, and
 milliseconds a token of decoding from a state that holds T tokens. Batch 1,
-width 128, 4 heads, float32.
+width 128, 4 heads, float32. A time is the least of its calls, in rounds through
+all lengths, as others may use the machine for seconds.
 """
 
 import argparse
+import functools
+import math
 import time
 
 import jax
@@ -23,6 +26,7 @@ from model.layers import Context
 from train_lib import metrics
 
 SHORTEST = 512
+DECODED = 16
 SETTINGS = {
     'causal, window 256': dict(
         attention_variant='causal', window_size=256),
@@ -37,20 +41,18 @@ def build(name):
   return attention.build(config.attention_variant, config, rngs=nnx.Rngs(0))
 
 
-def seconds(fn, *args, least=0.4):
+def seconds(call, least=0.3):
   """The least time of a few calls."""
-  jax.block_until_ready(fn(*args))
-  times, spent = [], 0.0
-  while spent < least or len(times) < 2:
+  times = []
+  while not times or sum(times) < least:
     start = time.perf_counter()
-    jax.block_until_ready(fn(*args))
+    jax.block_until_ready(call())
     times.append(time.perf_counter() - start)
-    spent += times[-1]
   return min(times)
 
 
-def train_cost(mixer, length):
-  """(seconds forward and backward, bytes of temporaries)."""
+def train_call(mixer, length):
+  """A call that runs forward and backward, and the bytes of temporaries."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((1, length, 128)).astype(np.float32)
   positions = jnp.arange(length)[None]
@@ -59,27 +61,42 @@ def train_cost(mixer, length):
     return (mixer(x, Context(positions))[0] ** 2).sum()
   compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(mixer, x).compile()
   stats = compiled.memory_analysis()
-  return seconds(compiled, mixer, x), stats.temp_size_in_bytes
+  return functools.partial(compiled, mixer, x), stats.temp_size_in_bytes
 
 
-def decode_cost(mixer, length):
-  """Seconds a token, from a state that holds about `length` tokens."""
+def decode_call(mixer, length):
+  """A call that decodes DECODED tokens, the last of about `length`."""
   x = jnp.ones((1, 1, 128))
-  steps = 16
 
   @jax.jit
   def run(mixer, state):
     def step(state, i):
-      position = jnp.full((1, 1), length - steps) + i
+      position = jnp.full((1, 1), length - DECODED) + i
       y, state = mixer(x, Context(position), state)
       return state, y[0, 0, 0]
-    return jax.lax.scan(step, state, jnp.arange(steps))[1]
+    return jax.lax.scan(step, state, jnp.arange(DECODED))[1]
   state = mixer.init_state(1, length)
   # A cache that is all but full: the cost is that of the last tokens.
   full = lambda path, x: (
-      jnp.full_like(x, length - steps) if 'index' in str(path) else x)
+      jnp.full_like(x, length - DECODED) if 'index' in str(path) else x)
   state = jax.tree_util.tree_map_with_path(full, state)
-  return seconds(run, mixer, state) / steps
+  return functools.partial(run, mixer, state)
+
+
+def measure(name, lengths, rounds):
+  """Rows of a name: length, ms, MiB, ms of decoding."""
+  mixer = build(name)
+  training, memory = zip(*(train_call(mixer, length) for length in lengths))
+  decoding = [decode_call(mixer, length) for length in lengths]
+  calls = [*training, *decoding]
+  for call in calls:
+    jax.block_until_ready(call())
+  least = [math.inf] * len(calls)
+  for _ in range(rounds):
+    least = list(map(min, least, map(seconds, calls)))
+  n = len(lengths)
+  return [(length, 1e3 * least[i], memory[i] / 2 ** 20,
+           1e3 * least[n + i] / DECODED) for i, length in enumerate(lengths)]
 
 
 def plot(results, path):
@@ -105,25 +122,25 @@ def main():
   names = [n for n in attention.names() if n != 'identity'] + [*SETTINGS]
   parser.add_argument('--variants', nargs='+', default=names)
   parser.add_argument('--longest', type=int, default=32768)
+  parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--plot', default='plots/scaling.png',
                       help='where to write the plot; empty: nowhere')
   flags = parser.parse_args()
   metrics.keep_memory()
+  lengths = [SHORTEST]
+  while 2 * lengths[-1] <= flags.longest:
+    lengths.append(2 * lengths[-1])
   results = {}
   print('| variant | T | forward + backward, ms | ratio | temporaries, MiB '
         '| decoding, ms/token |\n|---|--:|--:|--:|--:|--:|')
   for name in flags.variants:
-    mixer, before, rows = build(name), None, []
-    length = SHORTEST
-    while length <= flags.longest:
-      spent, memory = train_cost(mixer, length)
-      decoding = decode_cost(mixer, length)
+    results[name] = measure(name, lengths, flags.rounds)
+    before = None
+    for length, spent, memory, decoding in results[name]:
       ratio = f'{spent / before:.2f}' if before else ''
-      print(f'| {name} | {length:,} | {1e3 * spent:.1f} | {ratio} | '
-            f'{memory / 2 ** 20:.1f} | {1e3 * decoding:.3f} |', flush=True)
-      rows.append((length, 1e3 * spent, memory / 2 ** 20, 1e3 * decoding))
-      before, length = spent, 2 * length
-    results[name] = rows
+      print(f'| {name} | {length:,} | {spent:.1f} | {ratio} | {memory:.1f} | '
+            f'{decoding:.3f} |', flush=True)
+      before = spent
   if flags.plot:
     import pathlib
     pathlib.Path(flags.plot).parent.mkdir(parents=True, exist_ok=True)
