@@ -122,10 +122,15 @@ def main():
   names = [n for n in attention.names() if n != 'identity'] + [*SETTINGS]
   parser.add_argument('--variants', nargs='+', default=names)
   parser.add_argument('--longest', type=int, default=32768)
-  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--rounds', type=int, default=3,
+                      help='how often each length is measured')
   parser.add_argument('--plot', default='plots/scaling.png',
                       help='where to write the plot; empty: nowhere')
   flags = parser.parse_args()
+  if flags.longest < SHORTEST:
+    parser.error(f'--longest must be at least {SHORTEST}')
+  if flags.rounds < 1:
+    parser.error('--rounds must be at least 1')
   metrics.keep_memory()
   lengths = [SHORTEST]
   while 2 * lengths[-1] <= flags.longest:

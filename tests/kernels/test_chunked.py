@@ -91,6 +91,7 @@ EVERYTHING = ('s0', 'segment_ids', 'segment_id0')
     pytest.param(100, EVERYTHING, None, 1e-6, id='T100-linear'),
     pytest.param(100, EVERYTHING, 'step', None, id='T100-step-decay'),
     pytest.param(257, ('s0',), 'head', 1e-6, id='T257-head-decay'),
+    pytest.param(257, EVERYTHING, 'step', 1e-6, id='T257-all'),
 ])
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_matches_reference(implementation, time, options, decay, normalize):
@@ -145,18 +146,19 @@ def test_handing_the_state_on_equals_the_whole(implementation):
                dict(y=whole, S=end[0], z=end[1]))
 
 
+@pytest.mark.parametrize('length', [25, 75])
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_documents_are_isolated_bit_for_bit(implementation):
-  arguments = example(100, ('s0',), decay='step', normalized=True)
+def test_documents_are_isolated_bit_for_bit(implementation, length):
+  arguments = example(4 * length, ('s0',), decay='step', normalized=True)
   arguments['segment_ids'] = jnp.repeat(
-      jnp.array([[0, 1, 2, 0]] * BATCH), 25, axis=1)
+      jnp.array([[0, 1, 2, 0]] * BATCH), length, axis=1)
   changed = dict(arguments)
   for name, size in (('q', 5.0), ('k', 1e15), ('v', -1e15), ('decay', -1e9)):
-    changed[name] = arguments[name].at[:, 25:50].set(size)
+    changed[name] = arguments[name].at[:, length:2 * length].set(size)
   before, after = (run(op(implementation), a, normalize=1e-6)
                    for a in (arguments, changed))
   for name in ('y', 'dq', 'dk', 'dv', 'ddecay'):
-    for other in (slice(0, 25), slice(50, 100)):
+    for other in (slice(0, length), slice(2 * length, 4 * length)):
       assert oracle.same_bits(before[name][:, other], after[name][:, other])
   for name in ('sT', 'sT1', 'ds0', 'ds01'):
     assert oracle.same_bits(before[name], after[name]), name

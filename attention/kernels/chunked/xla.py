@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from attention.kernels import chunked
 
-# On a CPU groups of one chunk take a fifth more time; larger groups and chunks
-# gain nothing, or lose.
+# On a CPU smaller groups take longer; larger groups and chunks gain nothing, or
+# lose.
 CHUNK, GROUP = 32, 4
 
 

@@ -103,7 +103,7 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   dA = jnp.zeros_like(dh)
   before = jnp.zeros((steps + 1, *dh.shape))
   wide, narrow = (jnp.zeros(a.shape) for a in (inputs[0], inputs[2]))
-  again_outputs = None if z is None else wide, narrow
+  again_outputs = (None if z is None else wide, narrow)
   dh, dA, _, again_outputs, back_outputs = jax.lax.fori_loop(
       0, number, chunk, (dh, dA, before, again_outputs, (wide, wide, narrow)))
   s, dC, dx, ddelta, dB = jax.tree.map(
