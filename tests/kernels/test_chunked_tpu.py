@@ -141,15 +141,16 @@ def test_extreme_decays(interpreted, small_blocks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('test', [
+@pytest.mark.parametrize('case', [
     test_chunked.test_low_precision_inputs_keep_a_float32_state,
     test_chunked.test_segment_id0_decides_whether_s0_counts,
     test_chunked.test_handing_the_state_on_equals_the_whole,
-    test_chunked.test_documents_are_isolated_bit_for_bit,
+    functools.partial(
+        test_chunked.test_documents_are_isolated_bit_for_bit, length=25),
     test_chunked.test_the_same_bits_twice,
-], ids=lambda test: test.__name__)
-def test_of_every_implementation(test, interpreted, small_blocks):
-  test('tpu')
+], ids=['low-precision', 'segment-id0', 'handing-on', 'isolated', 'same-bits'])
+def test_as_every_implementation(case, interpreted, small_blocks):
+  case('tpu')
 
 
 @pytest.mark.parametrize('garbage', [
