@@ -1,14 +1,15 @@
-"""Linear attention in chunks, in plain jnp: matrix products over a scan.
+"""Linear attention in chunks, in plain jnp: matrix products in a loop.
 
 Within a chunk every query meets every key, as in the quadratic form; what came
 before the chunk is in its state. A few chunks make a group, whose products are
-made together, and the scan goes from group to group. Forward keeps the state
+made together, and the loop goes from group to group. Forward keeps the state
 before each group, backward takes the groups in reverse and differentiates one
 at a time.
 
-A group of n chunks is laid out [B, K, n, T, ...] and its queries [B, K, n, G,
-T, H], T the steps of a chunk, so that each product is one batched matrix
-product without a transpose.
+The loop cuts a group out of arrays [B, groups, n, T, ...] of n chunks of T
+steps, and lays it out as [B, K, n, T, ...], queries as [B, K, n, G, T, H], so
+that each product is one batched matrix product without a transpose. Laid out
+before the loop, XLA:CPU would copy all of them twice.
 """
 
 import functools
@@ -31,41 +32,61 @@ def check(operands, starts, *, normalize):
 def forward(operands, starts, *, normalize):
   """See `attention.kernels.chunked`."""
   q, k, v, decay, s0, z0 = operands
+  inputs, starts = _split((q, k, v, decay)), _split(starts)
+  groups = inputs[0].shape[1]
 
-  def step(state, inputs):
-    inputs, starts = inputs
-    after, y = _group(state, inputs, starts, normalize)
-    return after, (y, state)
+  def step(i, carry):
+    state, states, y = carry
+    after, new = _group(state, *_at((inputs, starts), i), normalize)
+    return after, _put(states, i, state), _put(y, i, new.astype(y.dtype))
 
-  inputs = _inputs(q, k, v, decay), _split(starts, 'nT')
-  (sT, zT), (y, states) = jax.lax.scan(step, _float32((s0, z0)), inputs)
-  y = jnp.einsum('gBKnGTV->BgnTKGV', y)
-  y = y.reshape(y.shape[0], -1, *q.shape[2:-1], v.shape[-1])
-  return y[:, :q.shape[1]].astype(v.dtype), sT, zT, states
+  state = _float32((s0, z0))
+  states = jax.tree.map(
+      lambda a: jnp.zeros((a.shape[0], groups, *a.shape[1:])), state)
+  y = jnp.zeros((*inputs[0].shape[:-1], v.shape[-1]), v.dtype)
+  (sT, zT), states, y = jax.lax.fori_loop(
+      0, groups, step, (state, states, y))
+  y = y.reshape(y.shape[0], -1, *y.shape[4:])
+  return y[:, :q.shape[1]], sT, zT, states
 
 
 def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
   """See `attention.kernels.chunked`."""
   q, k, v, decay, _, _ = operands
+  inputs, pull_inputs = jax.vjp(_split, (q, k, v, decay))
+  dy, starts = _split(dy), _split(starts)
+  groups = dy.shape[1]
 
-  def step(dstate, inputs):
-    state, inputs, starts, dy = inputs
+  def step(i, carry):
+    i = groups - 1 - i
+    dstate, dinputs = carry
+    state, inputs_i, starts_i, dy_i = _at((states, inputs, starts, dy), i)
     _, pull = jax.vjp(
-        lambda state, inputs: _group(state, inputs, starts, normalize),
-        state, inputs)
-    return pull((dstate, dy.astype(jnp.float32)))
+        lambda *primals: _group(*primals, starts_i, normalize),
+        state, inputs_i)
+    dstate, dinputs_i = pull((dstate, dy_i.astype(jnp.float32)))
+    return dstate, _put(dinputs, i, dinputs_i)
 
-  inputs, pull_inputs = jax.vjp(_inputs, q, k, v, decay)
-  dy = _split(_by_key(dy, k.shape[2]), 'KnGTV')
-  starts = _split(starts, 'nT')
-  (ds0, dz0), dinputs = jax.lax.scan(
-      step, _float32((dsT, dzT)), (states, inputs, starts, dy), reverse=True)
-  return chunked.Operands(*pull_inputs(dinputs), ds0, dz0)
+  (ds0, dz0), dinputs = jax.lax.fori_loop(
+      0, groups, step,
+      (_float32((dsT, dzT)), jax.tree.map(jnp.zeros_like, inputs)))
+  return chunked.Operands(*pull_inputs(dinputs)[0], ds0, dz0)
 
 
 def _group(state, inputs, starts, normalize):
   """One group of chunks: the state after it, and its outputs."""
   q, k, v, decay = _float32(inputs)
+  heads = q.shape[3]
+  q = q.reshape(*k.shape[:4], -1, k.shape[-1])
+  q = jnp.einsum('BnTKGH->BKnGTH', q)
+  k, v, decay = jax.tree.map(lambda x: jnp.moveaxis(x, 3, 1), (k, v, decay))
+  state, y = _attend(state, q, k, v, decay, starts, normalize)
+  y = jnp.einsum('BKnGTV->BnTKGV', y)
+  return state, y.reshape(*y.shape[:3], heads, -1)
+
+
+def _attend(state, q, k, v, decay, starts, normalize):
+  """The same of arrays laid out for the products."""
   pairs, from_state, to_end = _visible(starts, k.shape[2:4])
   # All queries of a key head in one product.
   rows = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])
@@ -95,9 +116,13 @@ def _group(state, inputs, starts, normalize):
   z, z_before = _states(state[1], k_kept.sum(-2), survives, kept)
   carried = jnp.einsum('BKnGTH,BKnH->BKnGT', q, z_before)
   carried = jnp.where(from_state, carried, 0.0)
-  # The reciprocal first: its gradient takes one division a row.
-  y = y * (1 / (weights.sum(-1) + carried + normalize))[..., None]
-  return (S, z), y
+  # The reciprocal first: its gradient takes one division a row. Spread over V
+  # by a product, so that its gradient is one too and not a sum: into that,
+  # XLA:CPU would fuse the products that y is made of, a second time.
+  scale = 1 / (weights.sum(-1) + carried + normalize)
+  scale = jnp.einsum('...T,V->...TV', scale, jnp.ones(y.shape[-1:]),
+                     precision='highest')
+  return (S, z), y * scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -180,34 +205,34 @@ def _decays(decay):
   return jnp.exp(within), jnp.exp(before)
 
 
-def _inputs(q, k, v, decay):
-  return (_split(_by_key(q, k.shape[2]), 'KnGTH'), _split(k, 'KnTH'),
-          _split(v, 'KnTV'), _split(decay, 'KnT'))
-
-
-def _by_key(q, heads):
-  """[B, T, N, H] to [B, T, K, G, H]."""
-  return q.reshape(*q.shape[:2], heads, -1, q.shape[-1])
-
-
-def _split(array, layout):
-  """[B, T, ...] to [groups, B, *layout], filled up with zeros.
+def _split(arrays):
+  """[B, T, ...] to [B, groups, chunks, steps, ...], filled up with zeros.
 
   A key of zero and a log decay of zero leave the state as it is.
   """
-  if array is None:
-    return None
-  # As even as they can be: 100 steps are four chunks of 25, not 3 of 32 and 4.
-  chunks = -(-array.shape[1] // CHUNK)
-  groups = -(-chunks // GROUP)
-  chunks = -(-chunks // groups)
-  steps = -(-array.shape[1] // (groups * chunks))
-  fill = [(0, 0)] * array.ndim
-  fill[1] = (0, groups * chunks * steps - array.shape[1])
-  array = jnp.pad(array, fill)
-  array = array.reshape(-1, groups, chunks, steps, *array.shape[2:])
-  rest = layout.translate({ord('n'): None, ord('T'): None})
-  return jnp.einsum(f'BgnT{rest}->gB{layout}', array)
+  def one(array):
+    # As even as they can be: 100 steps are four of 25, not 3 of 32 and 4.
+    chunks = -(-array.shape[1] // CHUNK)
+    groups = -(-chunks // GROUP)
+    chunks = -(-chunks // groups)
+    steps = -(-array.shape[1] // (groups * chunks))
+    fill = [(0, 0)] * array.ndim
+    fill[1] = (0, groups * chunks * steps - array.shape[1])
+    return jnp.pad(array, fill).reshape(
+        -1, groups, chunks, steps, *array.shape[2:])
+  return jax.tree.map(one, arrays)
+
+
+def _at(arrays, i):
+  return jax.tree.map(
+      lambda array: jax.lax.dynamic_index_in_dim(array, i, 1, keepdims=False),
+      arrays)
+
+
+def _put(arrays, i, values):
+  return jax.tree.map(
+      lambda array, value: jax.lax.dynamic_update_index_in_dim(
+          array, value, i, axis=1), arrays, values)
 
 
 def _float32(tree):
