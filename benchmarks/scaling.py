@@ -23,7 +23,7 @@ from flax import nnx
 import attention
 from configs import default
 from model.layers import Context
-from train_lib import metrics
+from train_lib import host
 
 SHORTEST = 512
 DECODED = 16
@@ -59,7 +59,10 @@ def train_call(mixer, length):
 
   def loss(mixer, x):
     return (mixer(x, Context(positions))[0] ** 2).sum()
-  compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(mixer, x).compile()
+  compiled = jax.jit(
+      jax.grad(loss, argnums=(0, 1)),
+      compiler_options=host.compiler_options(jax.devices()[0]),
+  ).lower(mixer, x).compile()
   stats = compiled.memory_analysis()
   return functools.partial(compiled, mixer, x), stats.temp_size_in_bytes
 
@@ -131,7 +134,7 @@ def main():
     parser.error(f'--longest must be at least {SHORTEST}')
   if flags.rounds < 1:
     parser.error('--rounds must be at least 1')
-  metrics.keep_memory()
+  host.keep_memory()
   lengths = [SHORTEST]
   while 2 * lengths[-1] <= flags.longest:
     lengths.append(2 * lengths[-1])

@@ -1,11 +1,12 @@
 """Times the recurrent ops against the other ways to write them.
 
   python -m benchmarks.scan                      # everything
-  python -m benchmarks.scan --op scan --keep_memory
+  python -m benchmarks.scan --op scan --defaults
   python -m benchmarks.scan --op chunked --times 512 2048
 
 All candidates of a table are checked against the op first, then timed in turns
 in one process; a time is the least of its runs, as others may use the machine.
+All are compiled, and memory is kept, as training does it (train_lib/host.py).
 The PyTorch rows appear where torch is installed.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from attention.kernels import chunked, scan
 from attention.kernels.scan import reference
-from train_lib import metrics
+from train_lib import host
 
 try:
   import torch
@@ -66,20 +67,22 @@ def torch_softmax(q, k, v):
   return y.transpose(1, 2)
 
 
-def jax_calls(function, arguments):
+def jax_calls(function, arguments, options=None):
   """Forward and forward+backward of a jax function, and its temporaries."""
   places = tuple(range(len(arguments)))
   both = jax.value_and_grad(
       lambda *arguments: function(*arguments).sum(), argnums=places)
   forward, both = (
-      jax.jit(f).lower(*arguments).compile() for f in (function, both))
+      jax.jit(f, compiler_options=options).lower(*arguments).compile()
+      for f in (function, both))
   megabytes = [program.memory_analysis().temp_size_in_bytes / 1e6
                for program in (forward, both)]
   return (lambda: jax.block_until_ready(forward(*arguments)),
           lambda: jax.block_until_ready(both(*arguments)), megabytes)
 
 
-def torch_calls(function, arguments):
+def torch_calls(function, arguments, options=None):
+  del options  # They are XLA's.
   arrays = [torch.tensor(np.asarray(a), requires_grad=True) for a in arguments]
 
   def forward():
@@ -92,7 +95,7 @@ def torch_calls(function, arguments):
   return forward, both, [math.nan, math.nan]
 
 
-def compare(title, candidates, arguments, repeats):
+def compare(title, candidates, arguments, repeats, options):
   """Prints one table; the first candidate is ours, the others tell which.
 
   Args:
@@ -100,11 +103,12 @@ def compare(title, candidates, arguments, repeats):
     candidates: {name: (function, whether its output must equal ours)}.
     arguments: jax arrays, handed to all.
     repeats: rounds, each of which runs every candidate once.
+    options: compiler options for those of jax.
   """
   calls = {}
   for name, (function, _) in candidates.items():
     adapt = torch_calls if name.startswith('torch') else jax_calls
-    calls[name] = adapt(function, arguments)
+    calls[name] = adapt(function, arguments, options)
   ours = next(iter(candidates))
   want = np.asarray(calls[ours][0]())
   for name, (_, equal) in candidates.items():
@@ -129,7 +133,7 @@ def compare(title, candidates, arguments, repeats):
           f'{calls[name][2][1]:11.0f} MB')
 
 
-def scan_table(repeats):
+def scan_table(repeats, options):
   batch, steps, channels, state = 2, 1024, 512, 16
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -145,10 +149,10 @@ def scan_table(repeats):
   if torch:
     candidates['torch loop'] = (torch_loop, True)
   compare(f'Selective scan, B {batch}, T {steps}, E {channels}, M {state}',
-          candidates, arguments, repeats)
+          candidates, arguments, repeats, options)
 
 
-def chunked_table(steps, repeats):
+def chunked_table(steps, repeats, options):
   batch, heads, width = 2, 8, 64
   rng = np.random.default_rng(0)
   shape = (batch, steps, heads, width)
@@ -163,7 +167,7 @@ def chunked_table(steps, repeats):
   if torch:
     candidates['torch softmax'] = (torch_softmax, False)
   compare(f'Linear attention, B {batch}, T {steps}, N {heads}, H {width}',
-          candidates, (q, k, v), repeats)
+          candidates, (q, k, v), repeats, options)
 
 
 def main():
@@ -173,16 +177,18 @@ def main():
                       default=[512, 1024, 2048, 4096, 8192],
                       help='lengths for linear attention')
   parser.add_argument('--repeats', type=int, default=7)
-  parser.add_argument('--keep_memory', action='store_true',
-                      help='keep temporaries mapped between calls')
+  parser.add_argument('--defaults', action='store_true',
+                      help="XLA's and glibc's, not as training sets them")
   flags = parser.parse_args()
-  if flags.keep_memory:
-    metrics.keep_memory()
+  options = None
+  if not flags.defaults:
+    host.keep_memory()
+    options = host.compiler_options(jax.devices()[0])
   if flags.op in ('scan', 'all'):
-    scan_table(flags.repeats)
+    scan_table(flags.repeats, options)
   if flags.op in ('chunked', 'all'):
     for steps in flags.times:
-      chunked_table(steps, flags.repeats)
+      chunked_table(steps, flags.repeats, options)
 
 
 if __name__ == '__main__':

@@ -42,9 +42,9 @@ def our_step(shape, bias):
   """Returns a function that takes steps, and the number of parameters."""
   import jax
 
-  from train_lib import metrics, session, trainer
+  from train_lib import host, session, trainer
 
-  metrics.keep_memory()
+  host.keep_memory()
   config = preset(shape, bias)
   with tempfile.TemporaryDirectory() as folder:
     rng = np.random.default_rng(0)

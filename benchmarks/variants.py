@@ -20,7 +20,7 @@ import numpy as np
 import attention
 from configs import default
 from model import sample
-from train_lib import data, evaluate, inference, metrics, trainer
+from train_lib import data, evaluate, host, inference, trainer
 
 LENGTHS = (1024, 65536)
 DECODED = 256
@@ -74,7 +74,7 @@ def main():
   parser.add_argument('--max_iters', type=int, default=0,
                       help='steps; 0: those of the default job')
   flags = parser.parse_args()
-  metrics.keep_memory()
+  host.keep_memory()
   rows = [row(kinds, flags.max_iters) for kinds in flags.variants]
   dataset = data.load('pydoc')
   entropy = data.bigram_entropy(dataset.train)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from model.layers import mesh_size
-from train_lib import data, loss, sharding
+from train_lib import data, host, loss, sharding
 
 
 def make_evaluator(run):
@@ -20,7 +20,8 @@ def make_evaluator(run):
     _, total, count = loss.cross_entropy(
         model, hidden, targets, shards=shards)
     return total, count
-  return jax.jit(sums)
+  return jax.jit(sums, compiler_options=host.compiler_options(
+      run.mesh.devices.flat[0]))
 
 
 def quick(run, params):

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from model import sample
-from train_lib import checkpoints, evaluate, metrics, session, tokenizer
+from train_lib import checkpoints, evaluate, host, metrics, session, tokenizer
 from train_lib.state import Skeleton
 
 
@@ -29,7 +29,7 @@ def evaluate_run(config, workdir=None):
   Returns:
     A dict as of evaluate.full.
   """
-  metrics.keep_memory()
+  host.keep_memory()
   with _store(workdir or config.workdir, 'eval') as store:
     run = session.open_session(config, workdir)
     _check_model(store, run.config, run.workdir)
@@ -82,7 +82,7 @@ def sample_run(config, workdir=None):
   Returns:
     The texts, prompt included.
   """
-  metrics.keep_memory()
+  host.keep_memory()
   rule = dict(temperature=config.temperature, top_k=config.top_k,
               top_p=config.top_p, max_new_tokens=config.max_new_tokens)
   sample.check(num_samples=config.num_samples, **rule)

@@ -1,7 +1,6 @@
 """What a run tells: a header, lines or a progress bar, files, a table."""
 
 import contextlib
-import ctypes
 import json
 import math
 import pathlib
@@ -9,9 +8,6 @@ import sys
 import time
 
 import jax
-
-# Options of glibc's mallopt, from malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -192,21 +188,6 @@ class Profiler:
     if self.running:
       jax.profiler.stop_trace()
     self.running = False
-
-
-def keep_memory():
-  """Has glibc keep freed memory instead of handing it back to the system.
-
-  XLA's CPU client frees its temporaries after every step, and mapping them
-  anew costs a third of a small step in page faults. The arenas of threads
-  give memory back whatever the thresholds say, so there must be but one: call
-  this before JAX starts its threads.
-  """
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if sys.platform == 'linux' and mallopt is not None:
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1),
-                          (M_ARENA_MAX, 1)):
-      mallopt(option, value)
 
 
 def _truncate(path, step):

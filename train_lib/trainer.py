@@ -11,6 +11,7 @@ from model.layers import mesh_size
 from train_lib import (
     checkpoints,
     evaluate,
+    host,
     loss,
     metrics,
     optim,
@@ -74,7 +75,8 @@ def make_step(run):
                    'learning_rate': learning_rate(state.step)}
 
   shardings = jax.tree.map(lambda x: x.sharding, run.template)
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
+                 compiler_options=host.compiler_options(mesh.devices.flat[0]))
 
 
 def train(config, workdir=None):
@@ -92,7 +94,7 @@ def train(config, workdir=None):
     ValueError: one line on what does not fit, before anything is computed.
     metrics.Diverged: the loss became infinite or no number.
   """
-  metrics.keep_memory()
+  host.keep_memory()
   run = session.open_session(config, workdir)
   with (checkpoints.Checkpoints(run.workdir) as store,
         metrics.Logger(run.config, run.workdir) as log,
