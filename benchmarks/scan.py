@@ -5,7 +5,8 @@
   python -m benchmarks.scan --op chunked --times 512 2048
 
 All candidates of a table are checked against the op first, then timed in turns
-in one process; a time is the least of its runs, as others may use the machine.
+of three runs in one process; a time is the least of its runs, as others may use
+the machine, and threads of the candidate before may still spin.
 All are compiled, and memory is kept, as training does it (train_lib/host.py).
 The PyTorch rows appear where torch is installed.
 """
@@ -102,7 +103,7 @@ def compare(title, candidates, arguments, repeats, options):
     title: what is printed above.
     candidates: {name: (function, whether its output must equal ours)}.
     arguments: jax arrays, handed to all.
-    repeats: rounds, each of which runs every candidate once.
+    repeats: rounds, in each of which every candidate has a turn.
     options: compiler options for those of jax.
   """
   calls = {}
@@ -120,10 +121,11 @@ def compare(title, candidates, arguments, repeats, options):
   for _ in range(repeats):
     for name, (forward, both, _) in calls.items():
       for i, call in enumerate((forward, both)):
-        start = time.perf_counter()
-        call()
-        elapsed = time.perf_counter() - start
-        seconds[name][i] = min(seconds[name][i], elapsed)
+        for _ in range(3):
+          start = time.perf_counter()
+          call()
+          elapsed = time.perf_counter() - start
+          seconds[name][i] = min(seconds[name][i], elapsed)
   print(f'\n{title}\n{"":24} {"forward":>16} {"with backward":>16} '
         f'{"temporaries":>15}')
   for name, (forward, both) in seconds.items():
