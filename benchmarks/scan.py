@@ -68,7 +68,7 @@ def torch_softmax(q, k, v):
   return y.transpose(1, 2)
 
 
-def jax_calls(function, arguments, options=None):
+def jax_calls(function, arguments, options):
   """Forward and forward+backward of a jax function, and its temporaries."""
   places = tuple(range(len(arguments)))
   both = jax.value_and_grad(
@@ -82,8 +82,7 @@ def jax_calls(function, arguments, options=None):
           lambda: jax.block_until_ready(both(*arguments)), megabytes)
 
 
-def torch_calls(function, arguments, options=None):
-  del options  # They are XLA's.
+def torch_calls(function, arguments):
   arrays = [torch.tensor(np.asarray(a), requires_grad=True) for a in arguments]
 
   def forward():
@@ -108,8 +107,9 @@ def compare(title, candidates, arguments, repeats, options):
   """
   calls = {}
   for name, (function, _) in candidates.items():
-    adapt = torch_calls if name.startswith('torch') else jax_calls
-    calls[name] = adapt(function, arguments, options)
+    calls[name] = (
+        torch_calls(function, arguments) if name.startswith('torch')
+        else jax_calls(function, arguments, options))
   ours = next(iter(candidates))
   want = np.asarray(calls[ours][0]())
   for name, (_, equal) in candidates.items():

@@ -10,7 +10,8 @@ import pytest
 from train_lib import evaluate, host, session, trainer
 
 
-def test_this_jax_takes_them():
+def test_this_jax_takes_them(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '')
   options = host.compiler_options(jax.devices('cpu')[0])
   assert options
   x = jnp.linspace(-3, 3, 1001)

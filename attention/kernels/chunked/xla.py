@@ -17,11 +17,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attention.kernels import chunked
+from attention.kernels import chunked, loops
 
 # On a CPU smaller groups take longer; larger groups and chunks gain nothing, or
 # lose.
 CHUNK, GROUP = 32, 4
+
+# Groups lie on the second axis.
+_at = functools.partial(loops.at, axis=1)
+_put = functools.partial(loops.put, axis=1)
 
 
 def check(operands, starts, *, normalize):
@@ -221,18 +225,6 @@ def _split(arrays):
     return jnp.pad(array, fill).reshape(
         -1, groups, chunks, steps, *array.shape[2:])
   return jax.tree.map(one, arrays)
-
-
-def _at(arrays, i):
-  return jax.tree.map(
-      lambda array: jax.lax.dynamic_index_in_dim(array, i, 1, keepdims=False),
-      arrays)
-
-
-def _put(arrays, i, values):
-  return jax.tree.map(
-      lambda array, value: jax.lax.dynamic_update_index_in_dim(
-          array, value, i, axis=1), arrays, values)
 
 
 def _float32(tree):

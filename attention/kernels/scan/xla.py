@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attention.kernels import scan
+from attention.kernels.loops import at, put
 
 CHUNK = 32
 
@@ -68,30 +69,30 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
 
     def again(i, carry):
       before, outputs = carry
-      x, delta, B, C, start, ds = _at(inputs, first + i)
-      h = _step(_reset(_at(before, i), start), x, delta, A, B)
+      x, delta, B, C, start, ds = at(inputs, first + i)
+      h = _step(_reset(at(before, i), start), x, delta, A, B)
       s = None if z is None else _einsum('BME,BM->BE', h, C)
       dC = _einsum('BME,BE->BM', h, ds)
-      return _put(before, i + 1, h), _put(outputs, first + i, (s, dC))
+      return put(before, i + 1, h), put(outputs, first + i, (s, dC))
 
     def back(i, carry):
       i = steps - 1 - i
       dh, dA, outputs = carry
-      x, delta, B, C, start, ds = _at(inputs, first + i)
+      x, delta, B, C, start, ds = at(inputs, first + i)
       dh = dh + ds[:, None, :] * C[:, :, None]
       du = _einsum('BME,BM->BE', dh, B)
       dB = _einsum('BME,BE->BM', dh, delta * x)
       # Now of the state before the step; times it, of the exponents.
       dh = jnp.exp(delta[:, None, :] * A) * dh
-      dexponents = dh * _reset(_at(before, i), start)
+      dexponents = dh * _reset(at(before, i), start)
       # A product with ones costs less than a sum, which copies A for each row.
       ddelta = x * du + _einsum(
           'BME,BM->BE', dexponents * A, jnp.ones(B.shape))
       dA = dA + dexponents * delta[:, None, :]
-      outputs = _put(outputs, first + i, (delta * du, ddelta, dB))
+      outputs = put(outputs, first + i, (delta * du, ddelta, dB))
       return _reset(dh, start), dA, outputs
 
-    before = _put(before, 0, _at(states, last))
+    before = put(before, 0, at(states, last))
     before, again_outputs = jax.lax.fori_loop(
         0, steps, again, (before, again_outputs))
     dh, dA, back_outputs = jax.lax.fori_loop(
@@ -163,15 +164,3 @@ def _time_first(arrays):
 
 def _batch_first(array, time):
   return array[:time].swapaxes(0, 1)
-
-
-def _at(arrays, i):
-  return jax.tree.map(
-      lambda array: jax.lax.dynamic_index_in_dim(array, i, keepdims=False),
-      arrays)
-
-
-def _put(arrays, i, values):
-  return jax.tree.map(
-      lambda array, value: jax.lax.dynamic_update_index_in_dim(
-          array, value, i, axis=0), arrays, values)
