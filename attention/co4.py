@@ -32,7 +32,6 @@ from flax import nnx
 from attention.common import heads, softmax, triadic
 from attention.common import options as flags
 from attention.common.options import option
-from attention.kernels.arguments import segment_starts
 from model.layers import Einsum, param
 
 
@@ -72,11 +71,8 @@ class Attention(nnx.Module):
     self.out = heads.out(config, heads=N, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
-    stream, before, cache = state or (self._stream(len(x)), None, None)
-    ids = ctx.segment_ids
-    if ids is None and state is not None:
-      ids = jnp.zeros(x.shape[:2], jnp.int32)
-    inputs = (self.key(x), self.value(x), segment_starts(ids, before), *stream)
+    stream, cache = state or (self._stream(len(x)), None)
+    inputs = (self.key(x), self.value(x), ctx.starts, *stream)
     if self.options.co4_mode == 'exact':
       qkv, stream = self._run(
           triadic.exact, ctx, inputs, outputs=(triadic.QKV, triadic.MEANS))
@@ -84,7 +80,7 @@ class Attention(nnx.Module):
     else:
       y, stream = self._run(triadic.streaming, ctx, inputs,
                             outputs=(triadic.TOKENS, triadic.STREAM))
-    state = None if state is None else (stream, ids[:, -1], cache)
+    state = None if state is None else (stream, cache)
     return self.out(y.astype(x.dtype)), state
 
   def _run(self, fn, ctx, inputs, *, outputs):
@@ -123,8 +119,7 @@ class Attention(nnx.Module):
     if self.options.co4_mode == 'exact':
       cache = softmax.init_cache((shape, shape), batch=batch, length=length,
                                  window=0, dtype=self.dtype)
-    # The segment -1 is that of no token.
-    return self._stream(batch), jnp.full(batch, -1, jnp.int32), cache
+    return self._stream(batch), cache
 
   def flops(self, length):
     """Forward, per token: projections, and every latent's score and value."""
@@ -142,7 +137,7 @@ class Encoder(Attention):
   def __call__(self, x, ctx, state=None):
     if state is not None:
       raise ValueError('co4_mode=bidirectional has no state: give all at once')
-    starts = segment_starts(ctx.segment_ids, None)
     y = self._run(triadic.bidirectional, ctx,
-                  (self.key(x), self.value(x), starts), outputs=triadic.TOKENS)
+                  (self.key(x), self.value(x), ctx.starts),
+                  outputs=triadic.TOKENS)
     return self.out(y.astype(x.dtype)), None

@@ -53,12 +53,9 @@ class Attention(nnx.Module):
 
   def __call__(self, x, ctx, state=None):
     q, k = self._features(self.query(x), ctx), self._features(self.key(x), ctx)
-    ids = ctx.segment_ids
-    if state is not None and ids is None:
-      ids = jnp.zeros(x.shape[:2], jnp.int32)
-    y, S, z = self._attend(q, k, self.value(x), ctx, ids=ids, state=state)
+    y, S, z = self._attend(q, k, self.value(x), ctx, state)
     if state is not None:
-      state = {'S': S, 'z': z, 'segment_id': ids[:, -1]}
+      state = {'S': S, 'z': z}
     return self.out(y), state
 
   def _features(self, x, ctx):
@@ -70,32 +67,31 @@ class Attention(nnx.Module):
       x = rms_normalize(x)
     return feature_map(self.g[...] * x.astype(jnp.float32)).astype(x.dtype)
 
-  def _attend(self, q, k, v, ctx, *, ids, state):
+  def _attend(self, q, k, v, ctx, state):
     """The op on the mesh, batch over data and fsdp, heads over tensor.
 
     Where the shards do not divide the K heads, heads are repeated until they
     do: every shard then holds those that its queries need.
     """
     K, shards = k.shape[2], heads.head_shards(ctx, q.shape[2])
-    S, z, last = (None,) * 3 if state is None else (
-        state['S'], state['z'], state['segment_id'])
+    S, z = (None, None) if state is None else (state['S'], state['z'])
     copies = math.lcm(K, shards) // K
     if copies > 1:
       repeat = lambda x, axis: x if x is None else jnp.repeat(x, copies, axis)
       k, v, S, z = repeat(k, 2), repeat(v, 2), repeat(S, 1), repeat(z, 1)
 
-    def local(q, k, v, S, z, ids, last):
+    def local(q, k, v, S, z, starts):
       y, (S, z) = chunked_linear_attention(
-          q, k, v, s0=None if S is None else (S, z), segment_ids=ids,
-          segment_id0=last, normalize=EPS,
+          q, k, v, s0=None if S is None else (S, z), starts=starts,
+          normalize=EPS,
           implementation=self.options.attention_kernel)
       return y, S, z
 
     series = ('batch', None, 'heads', None)
     sums = (('batch', 'heads', None, None), ('batch', 'heads', None))
     y, S, z = ctx.sharded(
-        local, inputs=(series,) * 3 + sums + (('batch', None), ('batch',)),
-        outputs=(series, *sums))(q, k, v, S, z, ids, last)
+        local, inputs=(series,) * 3 + sums + (('batch', None),),
+        outputs=(series, *sums))(q, k, v, S, z, ctx.starts)
     return y, S[:, ::copies], z[:, ::copies]
 
   def init_state(self, batch, length):
@@ -103,7 +99,6 @@ class Attention(nnx.Module):
     return {
         'S': jnp.zeros((batch, *self.shape)),
         'z': jnp.zeros((batch, *self.shape[:-1])),
-        'segment_id': jnp.full((batch,), -1, jnp.int32),  # Of no token.
     }
 
   def flops(self, length):

@@ -80,15 +80,11 @@ class Attention(nnx.Module):
                       bias=options.ssm_io_bias, **dense)
 
   def __call__(self, x, ctx, state=None):
-    ids, taps, h, last = ctx.segment_ids, None, None, None
-    if state is not None:
-      taps, h, last = state['taps'], state['h'], state['segment_id']
-      if ids is None:
-        ids = jnp.zeros(x.shape[:2], jnp.int32)
+    taps, h = (None, None) if state is None else (state['taps'], state['h'])
     z = self.gate(x)
     x, taps = causal_conv1d(
         self.input(x), self.conv[...], self.conv_bias[...], state=taps,
-        segment_ids=ids, segment_id0=last)
+        starts=ctx.starts)
     x = jax.nn.silu(x)
     R, M = self.options.ssm_dt_rank, self.options.ssm_d_state
     dt, B, C = jnp.split(self.select(x), (R, R + M), axis=-1)
@@ -96,34 +92,32 @@ class Attention(nnx.Module):
     if normed:
       dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
     y, h = self._scan(x, self.step(dt), B, C, ctx,
-                      z=None if normed else z, h=h, ids=ids, last=last)
+                      z=None if normed else z, h=h)
     if normed:
       y = self.y_norm(y) * jax.nn.silu(z)
     if state is not None:
-      state = {'taps': taps, 'h': h, 'segment_id': ids[:, -1]}
+      state = {'taps': taps, 'h': h}
     return self.out(y), state
 
-  def _scan(self, x, dt, B, C, ctx, *, z, h, ids, last):
+  def _scan(self, x, dt, B, C, ctx, *, z, h):
     """The op on the mesh: batch over data and fsdp, channels over tensor."""
     E, shards = x.shape[-1], mesh_size(ctx.mesh, 'inner')
     if E % shards:
       raise ValueError(f'mesh_tensor ({shards}) must divide the inner width, '
                        f'ssm_mamba_expand x n_embd ({E})')
 
-    def local(x, dt, B, C, z, h, ids, last, A_log, D, dt_bias):
+    def local(x, dt, B, C, z, h, starts, A_log, D, dt_bias):
       return selective_scan(
           x, dt, -jnp.exp(A_log), B, C, D, z=z, dt_bias=dt_bias, h0=h,
-          segment_ids=ids, segment_id0=last,
-          implementation=self.options.attention_kernel)
+          starts=starts, implementation=self.options.attention_kernel)
 
     series, shared = ('batch', None, 'inner'), ('batch', None, None)
     states, channels = ('batch', 'inner', None), ('inner',)
     run = ctx.sharded(
         local, outputs=(series, states),
         inputs=(series, series, shared, shared, series, states,
-                ('batch', None), ('batch',), ('inner', None), channels,
-                channels))
-    return run(x, dt, B, C, z, h, ids, last, self.A_log[...], self.D[...],
+                ('batch', None), ('inner', None), channels, channels))
+    return run(x, dt, B, C, z, h, ctx.starts, self.A_log[...], self.D[...],
                self.dt_bias[...])
 
   def init_state(self, batch, length):
@@ -132,7 +126,6 @@ class Attention(nnx.Module):
     return {
         'taps': jnp.zeros((batch, W - 1, E), self.dtype),
         'h': jnp.zeros((batch, E, M)),
-        'segment_id': jnp.full((batch,), -1, jnp.int32),  # Of no token.
     }
 
   def flops(self, length):

@@ -67,7 +67,8 @@ class Context:
   Attributes:
     positions: int32 [B,T], of each token within its document.
     segment_ids: int32 [B,T] or None (all one document); tokens of different
-      segments never see each other.
+      segments never see each other. Where there are segments, one starts
+      wherever the position is 0.
     dropout_key: random key, or None when nothing is to be dropped.
     mesh: the device mesh, or None on a single device.
   """
@@ -75,6 +76,11 @@ class Context:
   segment_ids: jax.Array | None = None
   dropout_key: jax.Array | None = None
   mesh: jax.sharding.Mesh | None = None
+
+  @property
+  def starts(self):
+    """bool [B,T], where a document starts, or None: nowhere after a state."""
+    return None if self.segment_ids is None else self.positions == 0
 
   def constrain(self, x, *axes):
     """Lays an activation out on the mesh by its logical axes."""

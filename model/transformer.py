@@ -75,8 +75,9 @@ class Transformer(nnx.Module):
       tokens: int32 [B,T].
       segment_ids: int32 [B,T]; tokens of different segments never see each
         other. None: one segment.
-      positions: int32 [B,T]. By default they count from every segment's
-        start; a call that continues from a state must give them.
+      positions: int32 [B,T], 0 where a segment starts and nowhere else. By
+        default they count from every segment's start; a call that continues
+        from a state must give them.
       state: what `init_state` or the previous call returned; None: no state.
       dropout_key: random key while training; None: no dropout.
       mesh: the device mesh; None: a single device.

@@ -3,15 +3,20 @@
 import jax
 import numpy as np
 
-from attention.kernels import dispatch
 from model import sample
 from train_lib import data, evaluate, metrics, sharding, tokenizer
 
 SAMPLE_TOKENS = 500
 
 
-def header(run, first):
-  """What is about to run, as text; the step has been traced."""
+def header(run, first, choices):
+  """What is about to run, as text.
+
+  Args:
+    run: the Session.
+    first: the step that it starts from.
+    choices: what dispatch recorded while the step was traced.
+  """
   config, dataset = run.config, run.dataset
   devices = jax.devices()
   tokens = config.batch_size * config.block_size
@@ -25,7 +30,7 @@ def header(run, first):
       ('parameters', f'{run.skeleton.n_params():,}'),
       ('state', '{:,} bytes + {:,} a token, to decode a sequence'.format(
           *run.skeleton.model.state_bytes())),
-      ('kernels', kernels()),
+      ('kernels', kernels(choices)),
       ('data', f'{dataset.name}: {len(dataset.train):,} + '
        f'{len(dataset.val):,} {config.tokenizer} tokens, '
        f'{dataset.vocab_size:,} ids, sha256 {dataset.sha256[:12]}'),
@@ -42,10 +47,9 @@ def header(run, first):
   return metrics.table(rows)
 
 
-def kernels():
+def kernels(choices):
   """Which implementation of every kernel the traced programs use."""
-  chosen = {op.rsplit('.', 1)[-1]: names
-            for op, names in dispatch.CHOICES.items()}
+  chosen = {op.rsplit('.', 1)[-1]: names for op, names in choices.items()}
   return '; '.join(
       f'{op}: ' + ', '.join(name + (f' ({why})' if why else '')
                             for name, why in names.items())

@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from attention.kernels import dispatch
 from configs import default
 from model.layers import pick
 from train_lib import checkpoints, data, evaluate, optim, sharding
@@ -92,11 +93,7 @@ def check(config):
     value = config[flag]
     if value is not None and value < low:
       raise ValueError(f'{flag} ({value}) must be at least {low}')
-  kernel, here = config.attention_kernel, jax.default_backend()
-  if kernel in ('tpu', 'gpu', 'cudnn') and here != kernel.replace(
-      'cudnn', 'gpu'):
-    raise ValueError(f'attention_kernel={kernel} does not run on {here}: use '
-                     'auto or xla')
+  dispatch.check(config.attention_kernel)
   pick('nan_policy', config.nan_policy, {'stop': 0, 'skip': 0})
   if config.profile_steps is not None:
     steps = config.profile_steps

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from attention.kernels import dispatch
 from model.layers import mesh_size
 from train_lib import (
     checkpoints,
@@ -102,8 +103,9 @@ def train(config, workdir=None):
         Interrupt() as interrupt):
     state, first = session.restore(run, store)
     session.write_config(run)
-    step = make_step(run).lower(state, run.batch(first))
-    log.say(report.header(run, first))
+    with dispatch.record() as choices:
+      step = make_step(run).lower(state, run.batch(first))
+    log.say(report.header(run, first, choices))
     started = time.perf_counter()
     step = step.compile()
     log.say(report.compiled(step, time.perf_counter() - started))

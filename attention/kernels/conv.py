@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from attention.kernels import arguments
+from attention.kernels.contract import check_shape
 
 
 def causal_conv1d(
@@ -13,8 +13,7 @@ def causal_conv1d(
     bias: Float[Array, 'E'] | None = None,
     *,
     state: Float[Array, 'B W-1 E'] | None = None,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    segment_id0: Int[Array, 'B'] | None = None,
+    starts: Bool[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T E'], Float[Array, 'B W-1 E']]:
   """Computes y_t = bias + sum_i w_i x_{t-W+1+i}, channel by channel.
 
@@ -24,10 +23,8 @@ def causal_conv1d(
     bias: None: zero.
     state: the W-1 inputs before the first step, oldest first, as a call
       returned them. None: zero.
-    segment_ids: id of each step's document; no tap reaches into another one.
-      None: one document.
-    segment_id0: id of the document that the state belongs to. None: that of
-      the first step.
+    starts: where a document starts: no tap reaches from there into another
+      one. None: nowhere.
 
   Returns:
     y in x's dtype, summed in float32, and the state after the last step: the
@@ -38,17 +35,15 @@ def causal_conv1d(
   """
   batch, time, channels = x.shape
   past = w.shape[0] - 1
-  arguments.check_shape('w', w, W=past + 1, E=channels)
-  arguments.check_shape('bias', bias, E=channels)
-  arguments.check_shape('state', state, B=batch, T=past, E=channels)
-  arguments.check_shape('segment_ids', segment_ids, B=batch, T=time)
+  check_shape('w', w, W=past + 1, E=channels)
+  check_shape('bias', bias, E=channels)
+  check_shape('state', state, B=batch, T=past, E=channels)
+  check_shape('starts', starts, B=batch, T=time)
   if state is None:
     state = jnp.zeros((batch, past, channels), x.dtype)
   state = state.astype(x.dtype)
-  starts = arguments.segment_starts(segment_ids, segment_id0)
   document = None
   if starts is not None:
-    # Counted from the state's document, so that an id may come back.
     document = jnp.pad(jnp.cumsum(starts, axis=1), ((0, 0), (past, 0)))
 
   y = _conv(state, x, w, bias, document)

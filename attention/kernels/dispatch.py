@@ -1,73 +1,140 @@
 """Picks the implementation of an op: 'auto' may fall back, a name never does.
 
-An op is a folder with one module per implementation (`xla.py`, `tpu.py`,
-`gpu.py`). Each module has a function `check(...)`, called with the op's
-arguments, that raises NotImplementedError for what the implementation cannot
-do, before anything is lowered.
+An op is a folder with one module or folder per implementation; see
+`attention.kernels.contract`. This module alone knows which of them runs on
+which platform.
 """
 
-import collections
+import contextlib
+import contextvars
 import importlib
 import logging
+from typing import NamedTuple
 
 import jax
 
 # What 'auto' tries on each platform, best first. Elsewhere: xla alone.
 PREFERENCE = {'tpu': ('tpu', 'xla'), 'gpu': ('gpu', 'cudnn', 'xla')}
 
-# {op: {implementation: reason it was not the first choice, or ''}}, of every
-# call traced so far: the record of what really runs.
-CHOICES: dict[str, dict[str, str]] = collections.defaultdict(dict)
+# The platform of implementations that run on one alone.
+PLATFORM = {'tpu': 'tpu', 'gpu': 'gpu', 'cudnn': 'gpu'}
 
 
-def select(op, implementation, known, *args, **kwargs):
+class Target(NamedTuple):
+  """What programs are compiled for.
+
+  Attributes:
+    platform: 'cpu', 'gpu', 'tpu' or another one of jax.
+    chip: of a TPU its generation ('v4', 'v5e', 'v5p', 'v6e', '7x'), of a GPU
+      its compute capability ('9.0'), else ''.
+  """
+  platform: str
+  chip: str
+
+
+_pretended = contextvars.ContextVar('pretended', default=None)
+_choices = contextvars.ContextVar('choices', default=None)
+
+
+def target():
+  """The Target: of jax's default backend, unless one is pretended."""
+  return _pretended.get() or _attached()
+
+
+def _attached():
+  platform = jax.default_backend()
+  if platform == 'gpu':
+    return Target(platform, str(jax.devices()[0].compute_capability))
+  if platform == 'tpu':
+    from jax.experimental.pallas import (
+      tpu as pltpu,  # Nothing for a CPU to load.
+    )
+    return Target(platform, str(pltpu.get_tpu_info().chip_version))
+  return Target(platform, '')
+
+
+@contextlib.contextmanager
+def pretend(platform, chip):
+  """Traces as if for another target: to interpret, or to compile ahead.
+
+  A function that jax.jit has traced before is not traced again: make a new one
+  inside.
+  """
+  token = _pretended.set(Target(platform, chip))
+  try:
+    yield
+  finally:
+    _pretended.reset(token)
+
+
+@contextlib.contextmanager
+def record():
+  """Yields {op: {implementation: why not a better one, or ''}}.
+
+  Of every call that is traced inside: what really runs.
+  """
+  token = _choices.set({})
+  try:
+    yield _choices.get()
+  finally:
+    _choices.reset(token)
+
+
+def check(implementation):
+  """Raises ValueError if a named implementation does not run on the target."""
+  platform = target().platform
+  if PLATFORM.get(implementation, platform) != platform:
+    raise ValueError(f'attention_kernel={implementation} does not run on '
+                     f'{platform}: use auto or xla')
+
+
+def select(op, implementation, known, operands, rule):
   """Returns the module that implements one call of an op, and records it.
 
   Args:
     op: package of the op, such as 'attention.kernels.flash'.
     implementation: 'auto' or one of `known`.
-    known: the names of the modules in the op's package.
-    *args: the op's arguments, passed to `check`.
-    **kwargs: likewise.
+    known: the names of the implementations in the op's package.
+    operands: of the call.
+    rule: of the call.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or one that does not run on the target.
     NotImplementedError: the named implementation declines the call.
   """
   if implementation != 'auto' and implementation not in known:
     raise ValueError(
         f'unknown implementation {implementation!r} of {op}: use auto, '
         + ', '.join(known))
+  check(implementation)
   candidates = (implementation,)
   if implementation == 'auto':
-    preferred = PREFERENCE.get(jax.default_backend(), ('xla',))
+    preferred = PREFERENCE.get(target().platform, ('xla',))
     candidates = [name for name in preferred if name in known]
   declined = []
   for name in candidates:
     module = importlib.import_module(f'{op}.{name}')
     try:
-      module.check(*args, **kwargs)
+      module.check(operands, rule)
     except NotImplementedError as reason:
       declined.append(f'{name}: {reason}')
       continue
-    note = '; '.join(declined)
-    if note and name not in CHOICES[op]:
-      logging.warning('%s falls back to %s (%s)', op, name, note)
-    CHOICES[op][name] = note
+    _record(op, name, '; '.join(declined))
     return module
   raise NotImplementedError(f'{op} cannot run here: ' + '; '.join(declined))
 
 
-def require_hopper():
-  """Raises NotImplementedError where Mosaic GPU kernels for Hopper cannot run.
+def _record(op, name, note):
+  choices = _choices.get()
+  known = {} if choices is None else choices.setdefault(op, {})
+  if note and name not in known:
+    logging.warning('%s falls back to %s (%s)', op, name, note)
+  known[name] = note
 
-  A CPU passes: it interprets the kernels, or compiles them ahead of time.
-  """
-  platform = jax.default_backend()
-  if platform == 'gpu':
-    capability = jax.devices()[0].compute_capability
-    if capability != '9.0':
-      raise NotImplementedError(
-          f'gpu needs Hopper (compute capability 9.0), not {capability}')
-  elif platform != 'cpu':
-    raise NotImplementedError(f'gpu cannot run on {platform}')
+
+def require_hopper():
+  """Raises NotImplementedError where kernels for Hopper cannot run."""
+  chip = target().chip
+  if chip != '9.0':
+    raise NotImplementedError(
+        f'gpu needs Hopper (compute capability 9.0), not {chip}')

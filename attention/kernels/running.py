@@ -144,13 +144,9 @@ def _sums(v, before, starts, *, weights=None, decay=None, implementation):
   """Running sums of weighted v [B,T,N,V] and the last ones [B,N,V]."""
   ones = jnp.ones((*v.shape[:3], 1))
   keys = ones if weights is None else weights[..., None]
-  ids = last = None
-  if starts is not None:
-    ids = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-    last = jnp.zeros(len(v), jnp.int32)
   sums, state = chunked_linear_attention(
-      ones, keys, v, decay=decay, s0=before[:, :, None], segment_ids=ids,
-      segment_id0=last, implementation=implementation)
+      ones, keys, v, decay=decay, s0=before[:, :, None], starts=starts,
+      implementation=implementation)
   return sums, state[:, :, 0]
 
 

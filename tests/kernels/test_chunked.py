@@ -14,7 +14,7 @@ from tests.kernels import oracle
 IMPLEMENTATIONS = ('xla',)
 TOLERANCE = 2e-6
 BATCH, HEADS, GROUPS, WIDTH, VALUE = 2, 4, 2, 8, 6
-SERIES = ('q', 'k', 'v', 'segment_ids')
+SERIES = ('q', 'k', 'v', 'starts')
 
 
 def example(time, options=(), *, decay=None, normalized=False,
@@ -22,14 +22,12 @@ def example(time, options=(), *, decay=None, normalized=False,
   """Arguments by name: the named optional ones, a decay by its kind."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-  # Documents of uneven lengths, other ones in each row; an id comes back.
-  ids = rng.integers(0, 3, (BATCH, -(-time // 9))).repeat(9, axis=1)[:, :time]
   S = normal(BATCH, GROUPS, WIDTH, VALUE)
   z = np.abs(normal(BATCH, GROUPS, WIDTH))
   every = dict(
       q=normal(BATCH, time, HEADS, WIDTH), k=normal(BATCH, time, GROUPS, WIDTH),
       v=normal(BATCH, time, GROUPS, VALUE), s0=(S, z) if normalized else S,
-      segment_ids=ids, segment_id0=np.array([ids[0, 0], 7]))
+      starts=oracle.random_starts(rng, BATCH, time, every=9))
   if normalized:
     # As a feature map leaves them: the denominator is a sum of positives.
     every.update(q=np.abs(every['q']) + 0.1, k=np.abs(every['k']) + 0.1)
@@ -54,7 +52,7 @@ def dot(tree):
 @functools.partial(jax.jit, static_argnums=0, static_argnames='normalize')
 def run(op, arguments, normalize=None):
   """Outputs, final state and the gradient of every array, by name."""
-  ids = {name: value for name, value in arguments.items() if 'seg' in name}
+  ids = {name: value for name, value in arguments.items() if name == 'starts'}
   arrays = {name: arguments[name] for name in set(arguments) - set(ids)}
 
   def weighed(arrays):
@@ -81,7 +79,7 @@ def assert_agree(got, want, tolerance=TOLERANCE):
   assert not wrong, wrong
 
 
-EVERYTHING = ('s0', 'segment_ids', 'segment_id0')
+EVERYTHING = ('s0', 'starts')
 
 
 @pytest.mark.parametrize('time, options, decay, normalize', [
@@ -104,7 +102,7 @@ def test_matches_reference(implementation, time, options, decay, normalize):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_values_of_one_give_one(implementation):
-  arguments = example(100, ('segment_ids',), normalized=True)
+  arguments = example(100, ('starts',), normalized=True)
   arguments['v'] = jnp.ones_like(arguments['v'])
   y, _ = op(implementation)(**arguments, normalize=1e-6)
   np.testing.assert_allclose(y, 1.0, rtol=1e-5)
@@ -122,7 +120,7 @@ def test_low_precision_inputs_keep_a_float32_state(implementation):
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_segment_id0_decides_whether_s0_counts(implementation):
+def test_a_start_at_the_first_step_decides_whether_s0_counts(implementation):
   arguments = example(100, EVERYTHING, normalized=True)
   results = run(op(implementation), arguments, normalize=1e-6)
   for gradient in (results['ds0'], results['ds01']):
@@ -133,14 +131,12 @@ def test_segment_id0_decides_whether_s0_counts(implementation):
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_handing_the_state_on_equals_the_whole(implementation):
   arguments = example(
-      100, ('segment_ids',), decay='step', normalized=True)
+      100, ('starts',), decay='step', normalized=True)
   whole, end = op(implementation)(**arguments, normalize=1e-6)
-  parts, state, last = [], None, None
+  parts, state = [], None
   for start, stop in ((0, 63), (63, 64), (64, 100)):
     part = {name: value[:, start:stop] for name, value in arguments.items()}
-    y, state = op(implementation)(
-        **part, s0=state, segment_id0=last, normalize=1e-6)
-    last = part['segment_ids'][:, -1]
+    y, state = op(implementation)(**part, s0=state, normalize=1e-6)
     parts.append(y)
   assert_agree(dict(y=jnp.concatenate(parts, axis=1), S=state[0], z=state[1]),
                dict(y=whole, S=end[0], z=end[1]))
@@ -150,8 +146,7 @@ def test_handing_the_state_on_equals_the_whole(implementation):
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_documents_are_isolated_bit_for_bit(implementation, length):
   arguments = example(4 * length, ('s0',), decay='step', normalized=True)
-  arguments['segment_ids'] = jnp.repeat(
-      jnp.array([[0, 1, 2, 0]] * BATCH), length, axis=1)
+  arguments['starts'] = oracle.starts(*[length] * 4)
   changed = dict(arguments)
   for name, size in (('q', 5.0), ('k', 1e15), ('v', -1e15), ('decay', -1e9)):
     changed[name] = arguments[name].at[:, length:2 * length].set(size)

@@ -19,6 +19,8 @@ from tests.kernels import accelerators, oracle, test_chunked, test_flash_gpu
 from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_chunked import EVERYTHING, op, run
 
+pytestmark = pytest.mark.usefixtures('on_h100')
+
 compiler, interpreter = test_flash_gpu.compiler, test_flash_gpu.interpreter
 BACKWARD = 'chunked_backward_mosaic'  # The kernel of dq, dk and dv.
 LOW = ('q', 'k', 'v')  # The rest is float32.
@@ -128,8 +130,7 @@ def test_extreme_decays(options, interpreter):
 def test_documents_are_isolated_bit_for_bit(decay, interpreter):
   """Also the same bits twice, where nothing changed."""
   arguments = example(100, ('s0',), decay=decay, normalized=True)
-  arguments['segment_ids'] = jnp.repeat(
-      jnp.array([[0, 1, 2, 0]] * test_chunked.BATCH), 25, axis=1)
+  arguments['starts'] = oracle.starts(25, 25, 25, 25)
   changed = dict(arguments)
   for name, size in (('q', 3e38), ('k', 1e38), ('v', -3e38), ('decay', -1e9)):
     if name in arguments:
@@ -191,11 +192,11 @@ def compile_gradients(T, H, V, *, decay=True, segments=True, normalize=1e-6,
   arguments = dict(q=struct(T, 8, H), k=struct(T, 2, H), v=struct(T, 2, V))
   if decay:
     arguments['decay'] = struct(T, 2, dtype=jnp.float32)
-  ids = struct(T, dtype=jnp.int32) if segments else None
+  ids = struct(T, dtype=bool) if segments else None
 
   def loss(arguments, ids):
     y, state = chunked.chunked_linear_attention(
-        **arguments, segment_ids=ids, normalize=normalize,
+        **arguments, starts=ids, normalize=normalize,
         implementation='gpu')
     return sum(x.astype(jnp.float32).sum()
                for x in jax.tree.leaves((y, state)))

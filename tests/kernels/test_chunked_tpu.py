@@ -25,6 +25,8 @@ from tests.kernels import accelerators, oracle, test_chunked
 from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_chunked import EVERYTHING, assert_agree, example, run
 
+pytestmark = pytest.mark.usefixtures('on_tpu')
+
 STATE = ('s0',)
 
 
@@ -143,12 +145,12 @@ def test_extreme_decays(interpreted, small_blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize('case', [
     test_chunked.test_low_precision_inputs_keep_a_float32_state,
-    test_chunked.test_segment_id0_decides_whether_s0_counts,
+    test_chunked.test_a_start_at_the_first_step_decides_whether_s0_counts,
     test_chunked.test_handing_the_state_on_equals_the_whole,
     functools.partial(
         test_chunked.test_documents_are_isolated_bit_for_bit, length=25),
     test_chunked.test_the_same_bits_twice,
-], ids=['low-precision', 'segment-id0', 'handing-on', 'isolated', 'same-bits'])
+], ids=['low-precision', 'first-start', 'handing-on', 'isolated', 'same-bits'])
 def test_as_every_implementation(case, interpreted, small_blocks):
   case('tpu')
 
@@ -160,8 +162,7 @@ def test_documents_are_isolated_from_garbage(
     garbage, interpreted, small_blocks):
   """In the same chunk, in other chunks and in the state between them."""
   arguments = example(100, STATE, decay='step', normalized=True)
-  arguments['segment_ids'] = jnp.repeat(
-      jnp.array([[0, 1, 2, 0]] * test_chunked.BATCH), 25, axis=1)
+  arguments['starts'] = oracle.starts(25, 25, 25, 25)
   changed = dict(arguments)
   for name in ('q', 'k', 'v'):
     changed[name] = arguments[name].at[:, 25:50].set(garbage)
@@ -253,13 +254,13 @@ def test_compiles(chip, shape):
 
   def loss(arrays, ids):
     outputs = chunked_linear_attention(
-        **arrays, segment_ids=ids if shape.segments else None,
+        **arrays, starts=ids if shape.segments else None,
         normalize=shape.normalize, implementation='tpu')
     return sum(jnp.sum(x.astype(jnp.float32) ** 2)
                for x in jax.tree.leaves(outputs))
 
   compiled = jax.jit(jax.grad(loss)).lower(
-      arrays, struct((B, T), jnp.int32)).compile()
+      arrays, struct((B, T), bool)).compile()
   assert f'{T},{T}]' not in compiled.as_text()
   widest = padded_width(max(H, V))
   assert oracle.largest_buffer(compiled) <= B * max(
@@ -272,17 +273,17 @@ def test_compiles_in_a_step_of_64_chips():
   mesh = Mesh(devices, ('data', 'tensor'))
   series, sums = P('data', None, 'tensor'), P('data', 'tensor')
   attend = jax.shard_map(
-      lambda q, k, v, S, z, ids, last: chunked_linear_attention(
-          q, k, v, s0=(S, z), segment_ids=ids, segment_id0=last,
+      lambda q, k, v, S, z, starts: chunked_linear_attention(
+          q, k, v, s0=(S, z), starts=starts,
           normalize=1e-6, implementation='tpu'),
-      mesh=mesh, in_specs=(series,) * 3 + (sums,) * 2 + (P('data'),) * 2,
+      mesh=mesh, in_specs=(series,) * 3 + (sums,) * 2 + (P('data'),),
       out_specs=(series, (sums, sums)), check_vma=False)
 
-  def step(weights, x, S, z, ids, last):
+  def step(weights, x, S, z, starts):
     def loss(weights):
       heads = (8, 2048, 16, 128)
       q, k, v = (jnp.reshape(x @ w, heads) for w in weights)
-      y, state = attend(jax.nn.relu(q), jax.nn.relu(k), v, S, z, ids, last)
+      y, state = attend(jax.nn.relu(q), jax.nn.relu(k), v, S, z, starts)
       return jnp.sum(y.astype(jnp.float32) ** 2), state
     (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
     return value, state, jax.tree.map(lambda w, g: w - g, weights, gradient)
@@ -294,6 +295,5 @@ def test_compiles_in_a_step_of_64_chips():
       weights, struct((8, 2048, 256), jnp.bfloat16, 'data'),
       struct((8, 16, 128, 128), jnp.float32, 'data', 'tensor'),
       struct((8, 16, 128), jnp.float32, 'data', 'tensor'),
-      struct((8, 2048), jnp.int32, 'data'),
-      struct((8,), jnp.int32, 'data')).compile()
+      struct((8, 2048), bool, 'data')).compile()
   assert '2048,2048]' not in compiled.as_text()

@@ -313,6 +313,6 @@ def test_bad_arguments_raise(options, message):
 
 def test_auto_is_xla_on_a_cpu_and_is_recorded():
   (q, k, v, *_), _ = make(Row(''))
-  dispatch.CHOICES.clear()
-  flash_attention(q, k, v, scale=SCALE)
-  assert dict(dispatch.CHOICES['attention.kernels.flash']) == {'xla': ''}
+  with dispatch.record() as choices:
+    flash_attention(q, k, v, scale=SCALE)
+  assert choices == {'attention.kernels.flash': {'xla': ''}}

@@ -17,10 +17,18 @@ from jax._src.state.types import AbstractRef
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention.kernels.flash import cudnn, flash_attention, gpu
+from attention.kernels.flash import (
+    Operands,
+    Rule,
+    cudnn,
+    flash_attention,
+    gpu,
+)
 from tests.kernels import accelerators, test_flash
 from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_flash import NAMES, Row, make, run
+
+pytestmark = pytest.mark.usefixtures('on_h100')
 
 FEATURES = {
     'plain': {}, 'bidirectional': dict(causal=False),
@@ -170,19 +178,19 @@ def test_same_bits_twice_and_finite_at_huge_scores(interpreter):
 ], ids=['float32', 'narrow', 'negative'])
 def test_declines(options, reason):
   q, k, v = (jnp.zeros((1, 8, n, 64), jnp.bfloat16) for n in (2, 1, 1))
-  options = dict(
-      q=q, k=k, v=v, scale=0.1, causal=True, window=0, softcap=0.0,
-      segment_ids=None, sink=None, q_offset=0) | options
+  options = dict(q=q, k=k, v=v, scale=0.1) | options
+  scale = options.pop('scale')
   with pytest.raises(NotImplementedError, match=reason):
-    gpu.check(**options)
+    gpu.check(Operands(**options, q_ids=None, kv_ids=None, q_offset=0),
+              Rule(scale))
 
 
 def test_fully_visible_blocks_take_no_mask_and_empty_ones_no_time():
   plan = gpu.hopper.Plan(
-      0.1, causal=True, window=384, softcap=0.0, segments=True, S=1024, G=1,
-      block=128, stages=2)
+      Rule(0.1, window=384), segments=True, S=1024, G=1, block=128, stages=2)
   ids = jnp.repeat(jnp.arange(2), 512)[None]
-  _, spans = gpu.hopper.query_spans(plan, 1024, ids, ids, 0)
+  q = jnp.zeros((1, 1024, 1, 64))
+  _, spans = gpu.hopper.query_spans(plan, Operands(q, q, q, ids, ids, 0))
   spans = gpu.hopper.Span(*np.moveaxis(np.asarray(spans[0]), -1, 0))
   np.testing.assert_array_equal(spans.start, [0, 0, 0, 0, 4, 4, 4, 4])
   np.testing.assert_array_equal(spans.stop, np.arange(1, 9))

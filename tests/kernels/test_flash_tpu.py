@@ -15,10 +15,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from attention.kernels import dispatch
 from attention.kernels.flash import flash_attention, tpu, tpu_blocks
 from tests.kernels import accelerators, oracle, test_flash
 from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_flash import LONG_ROWS, ROWS, Row
+
+pytestmark = pytest.mark.usefixtures('on_tpu')
 
 # The fast tier: several blocks, each kind of block, each way to list them.
 FAST_ROWS = (
@@ -131,15 +134,15 @@ def test_keys_that_do_not_fit_in_vmem(interpreted, small_blocks, monkeypatch):
 
 @pytest.mark.parametrize('chip', ['v5e', pytest.param(
     'v6e', marks=pytest.mark.slow)])
-def test_bfloat16_error(chip, interpreted, monkeypatch):
+def test_bfloat16_error(chip, interpreted):
   """Within twice what rounding the inputs and outputs alone costs."""
-  monkeypatch.setattr(tpu_blocks, 'generation', lambda: chip)
   row = Row('', T=257, window=100, H=64, V=64, sink=True)
   (*arrays, q_ids, kv_ids, sink, offset), (dout, dlse) = test_flash.make(row)
   half = [jnp.asarray(x, jnp.bfloat16) for x in (*arrays, dout)]
-  actual = test_flash.run(
-      row, test_flash.through('tpu'), (*half[:3], q_ids, kv_ids, sink, offset),
-      (half[3], dlse))
+  with dispatch.pretend('tpu', chip):
+    actual = test_flash.run(
+        row, test_flash.through('tpu'),
+        (*half[:3], q_ids, kv_ids, sink, offset), (half[3], dlse))
   exact = test_flash.expected(row)
   full = [np.asarray(x, np.float32) for x in half]
   rounded = test_flash.run(
@@ -189,10 +192,10 @@ def test_softcap_is_exact_at_both_ends(softcap, interpreted, small_blocks):
     (4096, {'window': 500}, 512), (4096, {'window': 9}, 256),
     (4096, {'packed': True}, 512),
 ], ids=str)
-def test_blocks_suit_the_length_and_the_mask(T, options, expected, monkeypatch):
-  monkeypatch.setattr(tpu_blocks, 'generation', lambda: 'v5e')
-  blocks = tpu_blocks.block_sizes(
-      T, T, widest=128, itemsize=2, backward=False, **options)
+def test_blocks_suit_the_length_and_the_mask(T, options, expected):
+  with dispatch.pretend('tpu', 'v5e'):
+    blocks = tpu_blocks.block_sizes(
+        T, T, widest=128, itemsize=2, backward=False, **options)
   assert blocks.q == blocks.k == expected
   assert expected % blocks.tile_q == expected % blocks.tile_k == 0
 
@@ -251,8 +254,7 @@ def test_declines(shape, dtype, message):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'chip, shape', TARGETS, ids=lambda x: x if isinstance(x, str) else x.id)
-def test_compiles(chip, shape, monkeypatch):
-  monkeypatch.setattr(tpu_blocks, 'generation', lambda: chip)
+def test_compiles(chip, shape):
   device = accelerators.tpu(chip)
   struct = functools.partial(
       jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
@@ -268,14 +270,14 @@ def test_compiles(chip, shape, monkeypatch):
         **shape.options)
     return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(lse)
 
-  compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
-      q, k, v, ids, struct((), jnp.int32)).compile()
+  with dispatch.pretend('tpu', chip):
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
+        q, k, v, ids, struct((), jnp.int32)).compile()
   assert f'{shape.T},{shape.S}]' not in compiled.as_text()
 
 
 @pytest.mark.slow
-def test_compiles_in_a_step_of_64_chips(monkeypatch):
-  monkeypatch.setattr(tpu_blocks, 'generation', lambda: 'v5p')
+def test_compiles_in_a_step_of_64_chips():
   devices = accelerators.tpu_pod(8, 8)
   mesh = Mesh(devices, ('data', 'tensor'))
   spec = P('data', None, 'tensor')
@@ -296,7 +298,8 @@ def test_compiles_in_a_step_of_64_chips(monkeypatch):
   struct = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
       shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
   weights = [struct((256, 16 * 128), jnp.bfloat16, None, 'tensor')] * 3
-  compiled = jax.jit(step).lower(
-      weights, struct((8, 2048, 256), jnp.bfloat16, 'data'),
-      struct((8, 2048), jnp.int32, 'data')).compile()
+  with dispatch.pretend('tpu', 'v5p'):
+    compiled = jax.jit(step).lower(
+        weights, struct((8, 2048, 256), jnp.bfloat16, 'data'),
+        struct((8, 2048), jnp.int32, 'data')).compile()
   assert '2048,2048]' not in compiled.as_text()

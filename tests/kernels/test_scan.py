@@ -15,7 +15,7 @@ from tests.kernels import oracle
 IMPLEMENTATIONS = ('xla',)
 TOLERANCE = 2e-6
 BATCH, CHANNELS, STATE = 2, 12, 4
-IDS = {'segment_ids', 'segment_id0'}
+IDS = {'starts'}
 
 
 def example(time, options=(), *, seed=0, dtype=jnp.float32):
@@ -23,14 +23,12 @@ def example(time, options=(), *, seed=0, dtype=jnp.float32):
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   series = (BATCH, time, CHANNELS)
-  # Documents of uneven lengths, other ones in each row; an id comes back.
-  ids = rng.integers(0, 3, (BATCH, -(-time // 9))).repeat(9, axis=1)[:, :time]
   every = dict(
       x=normal(*series), dt=normal(*series) - 2,
       A=-np.exp(normal(CHANNELS, STATE)), B=normal(BATCH, time, STATE),
       C=normal(BATCH, time, STATE), D=normal(CHANNELS), z=normal(*series),
       dt_bias=normal(CHANNELS), h0=normal(BATCH, CHANNELS, STATE),
-      segment_ids=ids, segment_id0=np.array([ids[0, 0], 7]))
+      starts=oracle.random_starts(rng, BATCH, time, every=9))
   low = {'x', 'dt', 'B', 'C', 'z'}
   return {name: jnp.asarray(value, dtype if name in low else None)
           for name, value in every.items()
@@ -73,11 +71,11 @@ def assert_agree(got, want, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize('time, options', [
-    pytest.param(1, ('z', 'dt_bias', 'h0', 'segment_ids', 'segment_id0'),
+    pytest.param(1, ('z', 'dt_bias', 'h0', 'starts'),
                  id='T1-all'),
     pytest.param(63, (), id='T63-bare'),
-    pytest.param(63, ('segment_ids', 'h0'), id='T63-segments'),
-    pytest.param(100, ('z', 'dt_bias', 'h0', 'segment_ids', 'segment_id0'),
+    pytest.param(63, ('starts', 'h0'), id='T63-segments'),
+    pytest.param(100, ('z', 'dt_bias', 'h0', 'starts'),
                  id='T100-all'),
     pytest.param(257, ('dt_bias', 'h0'), id='T257-h0'),
 ])
@@ -108,8 +106,8 @@ def test_low_precision_inputs_keep_a_float32_state(implementation):
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_segment_id0_decides_whether_h0_counts(implementation):
-  arguments = example(63, ('h0', 'segment_ids', 'segment_id0'))
+def test_a_start_at_the_first_step_decides_whether_h0_counts(implementation):
+  arguments = example(63, ('h0', 'starts'))
   dh0 = run(op(implementation), arguments)['dh0']
   assert np.any(dh0[0]), 'row 0 continues the document of h0'
   assert not np.any(dh0[1]), 'row 1 starts another document'
@@ -117,15 +115,14 @@ def test_segment_id0_decides_whether_h0_counts(implementation):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_handing_the_state_on_equals_the_whole(implementation):
-  arguments = example(100, ('z', 'dt_bias', 'segment_ids'))
+  arguments = example(100, ('z', 'dt_bias', 'starts'))
   whole, hT = op(implementation)(**arguments)
-  parts, h, last = [], None, None
+  parts, h = [], None
   for start, stop in ((0, 63), (63, 64), (64, 100)):
     part = {name: value[:, start:stop] if name in (
-        'x', 'dt', 'B', 'C', 'z', 'segment_ids') else value
+        'x', 'dt', 'B', 'C', 'z', 'starts') else value
             for name, value in arguments.items()}
-    y, h = op(implementation)(**part, h0=h, segment_id0=last)
-    last = part['segment_ids'][:, -1]
+    y, h = op(implementation)(**part, h0=h)
     parts.append(y)
   assert_agree(dict(y=jnp.concatenate(parts, axis=1), hT=h),
                dict(y=whole, hT=hT))
@@ -134,9 +131,8 @@ def test_handing_the_state_on_equals_the_whole(implementation):
 @pytest.mark.parametrize('garbage', [3.0, np.inf, np.nan])
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_documents_are_isolated_bit_for_bit(implementation, garbage):
-  arguments = example(100, ('z', 'dt_bias', 'h0', 'segment_ids'))
-  arguments['segment_ids'] = jnp.repeat(
-      jnp.array([[0, 1, 2, 0]] * BATCH), 25, axis=1)
+  arguments = example(100, ('z', 'dt_bias', 'h0', 'starts'))
+  arguments['starts'] = oracle.starts(25, 25, 25, 25)
   changed = dict(arguments)
   for name in ('x', 'dt', 'B', 'C', 'z'):
     changed[name] = arguments[name].at[:, 25:50].set(garbage)
@@ -150,7 +146,7 @@ def test_documents_are_isolated_bit_for_bit(implementation, garbage):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_the_same_bits_twice(implementation):
-  arguments = example(100, ('z', 'dt_bias', 'h0', 'segment_ids'))
+  arguments = example(100, ('z', 'dt_bias', 'h0', 'starts'))
   one, two = (run(op(implementation), arguments) for _ in range(2))
   for name in one:
     assert oracle.same_bits(one[name], two[name]), name
@@ -196,9 +192,9 @@ def test_vmap_and_remat():
 @pytest.mark.parametrize('change, message', [
     (dict(dt=jnp.zeros((2, 9, 12))), r'dt has shape \[2, 9, 12\].*T=10'),
     (dict(h0=jnp.zeros((2, 4, 12))), r'h0 has shape .*E=12, M=4'),
-    (dict(segment_id0=jnp.zeros(2, int)), 'without segment_ids'),
+    (dict(starts=jnp.zeros((2, 9), bool)), r'starts has shape .*T=10'),
     (dict(implementation='cuda'), 'unknown implementation'),
-], ids=['dt', 'h0', 'segment_id0', 'implementation'])
+], ids=['dt', 'h0', 'starts', 'implementation'])
 def test_bad_arguments(change, message):
   with pytest.raises(ValueError, match=message):
     scan.selective_scan(**{**example(10), **change})
@@ -207,26 +203,24 @@ def test_bad_arguments(change, message):
 def conv_example(time, width=4):
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-  ids = jnp.asarray(rng.integers(0, 3, (BATCH, -(-time // 3))))
   return dict(
       x=normal(BATCH, time, CHANNELS), w=normal(width, CHANNELS),
       bias=normal(CHANNELS), state=normal(BATCH, width - 1, CHANNELS),
-      segment_ids=jnp.repeat(ids, 3, axis=1)[:, :time],
-      segment_id0=jnp.array([ids[0, 0], 7]))
+      starts=oracle.random_starts(rng, BATCH, time, every=3))
 
 
 conv = jax.jit(causal_conv1d)
 
 
-def conv_loop(x, w, bias, state, segment_ids, segment_id0):
+def conv_loop(x, w, bias, state, starts):
   """The definition, one output at a time."""
   y = np.zeros(x.shape)
   for row in range(x.shape[0]):
-    known, last = list(np.asarray(state[row])), int(segment_id0[row])
-    for t, segment in enumerate(np.asarray(segment_ids[row])):
-      if segment != last:
+    known = list(np.asarray(state[row]))
+    for t, start in enumerate(np.asarray(starts[row])):
+      if start:
         known = [np.zeros_like(x[row, t])] * len(known)
-      known, last = [*known, np.asarray(x[row, t])], segment
+      known = [*known, np.asarray(x[row, t])]
       y[row, t] = bias + sum(w[i] * known[i] for i in range(len(w)))
       known = known[1:]
   return y
@@ -239,12 +233,10 @@ def test_conv_matches_its_definition(time):
   assert oracle.relative_rms(y, conv_loop(**arguments)) <= TOLERANCE
 
 
-def conv_of_all_pairs(x, w, bias, state, segment_ids, segment_id0):
+def conv_of_all_pairs(x, w, bias, state, starts):
   """The definition as a sum over all pairs of tokens, for its gradient."""
   past, padded = len(w) - 1, jnp.concatenate([state, x], axis=1)
-  ids = jnp.concatenate([segment_id0[:, None], segment_ids], axis=1)
-  document = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1)
-  document = jnp.pad(document, ((0, 0), (past, 0)))
+  document = jnp.pad(jnp.cumsum(starts, axis=1), ((0, 0), (past, 0)))
   t, s = jnp.arange(x.shape[1])[:, None], jnp.arange(padded.shape[1])
   near = (s >= t) & (s <= t + past)
   same = document[:, past:, None] == document[:, None]
@@ -266,13 +258,10 @@ def test_conv_handed_on_has_the_bits_of_the_whole():
   arguments = conv_example(20)
   whole, end = conv(**arguments)
   parts, state = [], arguments['state']
-  last = arguments['segment_id0']
   for start, stop in ((0, 7), (7, 8), (8, 10), (10, 20)):
-    ids = arguments['segment_ids'][:, start:stop]
     y, state = conv(
         arguments['x'][:, start:stop], arguments['w'], arguments['bias'],
-        state=state, segment_ids=ids, segment_id0=last)
-    last = ids[:, -1]
+        state=state, starts=arguments['starts'][:, start:stop])
     parts.append(y)
   assert oracle.same_bits(jnp.concatenate(parts, axis=1), whole)
   assert oracle.same_bits(state, end)
@@ -280,8 +269,7 @@ def test_conv_handed_on_has_the_bits_of_the_whole():
 
 def test_conv_documents_are_isolated_bit_for_bit():
   arguments = conv_example(20)
-  ids = jnp.array([[0] * 8 + [1] * 5 + [0] * 7] * BATCH)
-  arguments |= dict(segment_ids=ids, segment_id0=ids[:, 0])
+  arguments['starts'] = oracle.starts(8, 5, 7)
   changed = {**arguments, 'x': arguments['x'].at[:, 8:13].set(np.nan)}
 
   @jax.jit

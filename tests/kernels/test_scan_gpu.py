@@ -16,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import scan
-from attention.kernels.scan import gpu, pieces, reference
+from attention.kernels.scan import pieces, reference
 from tests.kernels import accelerators, oracle, test_scan
 from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_scan import assert_agree, example, run
 
-EVERYTHING = ('z', 'dt_bias', 'h0', 'segment_ids', 'segment_id0')
+pytestmark = pytest.mark.usefixtures('on_h100')
+
+EVERYTHING = ('z', 'dt_bias', 'h0', 'starts')
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_matches_reference(time, options, size, sized, interpreter):
     pytest.param(257, ('dt_bias', 'h0'), {}, id='T257-h0'),
     pytest.param(100, EVERYTHING, dict(channels=8, state=16, cut=7),
                  id='T100-all-pieces'),
-    pytest.param(20, ('z', 'h0', 'segment_ids'), dict(state=64),
+    pytest.param(20, ('z', 'h0', 'starts'), dict(state=64),
                  id='T20-M64'),
     pytest.param(40, EVERYTHING, dict(state=20, cut=2), id='T40-M20-pieces'),
 ])
@@ -146,9 +148,8 @@ def test_the_same_bits_twice(sized, interpreter):
     (3.0, 1), (np.inf, 1), (np.nan, 1), (np.nan, 4)])
 def test_documents_are_isolated_bit_for_bit(garbage, cut, sized, interpreter):
   sized(cut=cut)
-  arguments = example(64, ('z', 'dt_bias', 'h0', 'segment_ids'))
-  arguments['segment_ids'] = jnp.repeat(
-      jnp.array([[0, 1, 2]] * test_scan.BATCH), 25, axis=1)[:, :64]
+  arguments = example(64, ('z', 'dt_bias', 'h0', 'starts'))
+  arguments['starts'] = oracle.starts(25, 25, 14)
   changed = dict(arguments)
   for name in ('x', 'dt', 'B', 'C', 'z'):
     changed[name] = arguments[name].at[:, 25:50].set(garbage)
@@ -174,15 +175,15 @@ def test_pieces_equal_the_whole(sized, interpreter):
 
 
 @pytest.mark.parametrize('change, reason', [
-    (dict(A=jnp.zeros((12, 65))), 'up to 64 states'),
-    (dict(x=jnp.zeros((1, 8, 12), jnp.int32)), 'not int32, which x is'),
+    (dict(A=jnp.zeros((12, 65)), B=jnp.zeros((2, 8, 65)),
+          C=jnp.zeros((2, 8, 65))), 'up to 64 states'),
+    (dict(x=jnp.zeros((2, 8, 12), jnp.int32)), 'not int32, which x is'),
 ], ids=['M65', 'int32'])
 def test_declines(change, reason, sized):
   sized()
   arguments = {**example(8), **change}
-  operands = scan.Operands(**arguments, z=None, dt_bias=None, h0=jnp.zeros(1))
   with pytest.raises(NotImplementedError, match=reason):
-    gpu.check(operands, None, dt_softplus=True)
+    scan.selective_scan(**arguments, implementation='gpu')
 
 
 @pytest.mark.parametrize('reverse', [False, True])
@@ -242,7 +243,7 @@ def compile_gradients(T, E, M, *, batch=2, dtype=jnp.bfloat16, devices=1,
       B=struct(batch, T, M), C=struct(batch, T, M), D=f32(E, spec=P()))
   if full:
     arrays |= dict(z=struct(batch, T, E), dt_bias=f32(E, spec=P()),
-                   segment_ids=struct(batch, T, dtype=jnp.int32))
+                   starts=struct(batch, T, dtype=bool))
   specs = {name: array.sharding.spec for name, array in arrays.items()}
   sharded = jax.shard_map(
       lambda arrays: kernel()(**arrays), mesh=mesh, in_specs=(specs,),

@@ -21,7 +21,9 @@ from tests.kernels import accelerators, oracle, test_scan
 from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_scan import assert_agree, example, op, run
 
-ALL = ('z', 'dt_bias', 'h0', 'segment_ids', 'segment_id0')
+pytestmark = pytest.mark.usefixtures('on_tpu')
+
+ALL = ('z', 'dt_bias', 'h0', 'starts')
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_matches_reference(interpreted):
 def test_matches_reference_in_blocks(interpreted, sizes, small_blocks):
   """Several blocks of channels and chunks, none of them whole at the end."""
   sizes(batch=1, channels=200)
-  compare(example(70, ('segment_ids', 'h0')))
+  compare(example(70, ('starts', 'h0')))
 
 
 def test_bfloat16_error(interpreted):
@@ -111,7 +113,7 @@ def test_declines_sizes(E, M, message):
 @pytest.mark.slow
 @pytest.mark.parametrize('T, options', [
     (1, ALL), (63, ()), (100, ALL), (257, ('dt_bias', 'h0')),
-    (1024, ('z', 'segment_ids')),
+    (1024, ('z', 'starts')),
 ], ids=['T1', 'T63', 'T100', 'T257', 'T1024'])
 def test_matches_reference_at_length(T, options, interpreted, sizes):
   sizes(batch=1 if T == 1024 else 2)
@@ -122,7 +124,7 @@ def test_matches_reference_at_length(T, options, interpreted, sizes):
 @pytest.mark.parametrize('M', [8, 16, 20, 32, 64])
 def test_matches_reference_with_states(M, interpreted, sizes):
   sizes(batch=1, channels=13, state=M)
-  compare(example(40, ('z', 'h0', 'segment_ids')))
+  compare(example(40, ('z', 'h0', 'starts')))
 
 
 @pytest.mark.slow
@@ -136,14 +138,14 @@ def test_two_parts_of_channels(interpreted, sizes, small_blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize('case', [
     test_scan.test_steps_without_softplus,
-    test_scan.test_segment_id0_decides_whether_h0_counts,
+    test_scan.test_a_start_at_the_first_step_decides_whether_h0_counts,
     test_scan.test_the_same_bits_twice,
     test_scan.test_extreme_steps,
     functools.partial(
         test_scan.test_documents_are_isolated_bit_for_bit, garbage=np.nan),
     functools.partial(
         test_scan.test_documents_are_isolated_bit_for_bit, garbage=np.inf),
-], ids=['without-softplus', 'segment-id0', 'same-bits', 'extreme-steps',
+], ids=['without-softplus', 'first-start', 'same-bits', 'extreme-steps',
         'isolated-from-nan', 'isolated-from-inf'])
 def test_as_every_implementation(case, interpreted, sizes):
   case('tpu')
@@ -169,7 +171,7 @@ class Shape(NamedTuple):
         **{name: value for name, value in dict(
             z=struct(series, self.dtype), dt_bias=wide(self.E),
             h0=wide(self.B, self.E, self.M),
-            segment_ids=struct(series[:2], jnp.int32)).items()
+            starts=struct(series[:2], bool)).items()
            if name in self.options})
 
 
@@ -177,8 +179,8 @@ SHAPES = (
     Shape('long', T=2048, E=4096, options=('dt_bias',)),
     Shape('everything', options=ALL),
     Shape('float32', E=1000, B=1, dtype=jnp.float32, options=('z',)),
-    Shape('narrow', T=100, E=256, M=64, options=('segment_ids', 'z')),
-    Shape('two-rows', E=200, B=4, options=('dt_bias', 'segment_ids')),
+    Shape('narrow', T=100, E=256, M=64, options=('starts', 'z')),
+    Shape('two-rows', E=200, B=4, options=('dt_bias', 'starts')),
     Shape('M8', E=2048, M=8, B=1),
     Shape('M32', M=32, B=1, options=ALL),
     Shape('wide', E=8192, M=64, B=1, dtype=jnp.float32, options=ALL),
@@ -198,7 +200,7 @@ def test_compiles(chip, shape):
   device = accelerators.tpu(chip)
   arrays = shape.operands(functools.partial(
       jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device)))
-  ids = {name: arrays.pop(name) for name in ('segment_ids',) if name in arrays}
+  ids = {name: arrays.pop(name) for name in ('starts',) if name in arrays}
   compiled = jax.jit(jax.grad(weighed)).lower(arrays, ids).compile()
   states = shape.B * shape.T * shape.E * shape.M
   if shape.T > 1:
@@ -213,7 +215,7 @@ def test_compiles_in_a_step_of_64_chips():
   series, shared = P('data', None, 'tensor'), P('data')
   split = jax.shard_map(
       lambda x, dt, A, B, C, D, ids: scan.selective_scan(
-          x, dt, A, B, C, D, segment_ids=ids, implementation='tpu')[0],
+          x, dt, A, B, C, D, starts=ids, implementation='tpu')[0],
       mesh=mesh, in_specs=(series, series, P('tensor'), shared, shared,
                            P('tensor'), shared),
       out_specs=series, check_vma=False)
@@ -235,5 +237,5 @@ def test_compiles_in_a_step_of_64_chips():
       half((256, 16)), half((256, 16)), struct((4096,), jnp.float32, 'tensor'))
   compiled = jax.jit(step).lower(
       weights, struct((8, 2048, 256), jnp.bfloat16, 'data'),
-      struct((8, 2048), jnp.int32, 'data')).compile()
+      struct((8, 2048), bool, 'data')).compile()
   assert oracle.largest_buffer(compiled) <= 2048 * 4096

@@ -25,14 +25,11 @@ LAYERS = {
 
 @pytest.fixture
 def compile_step(config, tmp_path, monkeypatch):
-  """A function (kinds, devices [data,fsdp,tensor], platform) -> compiled."""
+  """A function (kinds, devices [data,fsdp,tensor]) -> (compiled, choices)."""
 
-  def compile_step(kinds, devices, platform):
+  def compile_step(kinds, devices):
     mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     monkeypatch.setattr(sharding, 'make_mesh', lambda config: mesh)
-    monkeypatch.setitem(
-        dispatch.PREFERENCE, 'cpu', dispatch.PREFERENCE[platform])
-    dispatch.CHOICES.clear()
     config.update(
         attention_list=kinds, n_layer=2 * len(kinds), n_embd=512, n_head=8,
         block_size=1536, batch_size=devices.size, compute_dtype='bfloat16',
@@ -41,16 +38,17 @@ def compile_step(config, tmp_path, monkeypatch):
     batch = {'tokens': jax.ShapeDtypeStruct(
         (config.batch_size, config.block_size + 1), np.int32,
         sharding=NamedSharding(mesh, P(('data', 'fsdp'))))}
-    return trainer.make_step(run).lower(run.template, batch).compile()
+    with dispatch.record() as choices:
+      return trainer.make_step(run).lower(
+          run.template, batch).compile(), choices
 
   return compile_step
 
 
-def assert_runs(kinds, kernel, compiled):
-  chosen = {op.rsplit('.', 1)[-1]: dict(names)
-            for op, names in dispatch.CHOICES.items()}
-  assert chosen == {op: {kernel: ''} for op in LAYERS[kinds]}
-  assert kernel in report.kernels()
+def assert_runs(kinds, kernel, compiled, choices):
+  assert choices == {f'attention.kernels.{op}': {kernel: ''}
+                     for op in LAYERS[kinds]}
+  assert kernel in report.kernels(choices)
   assert '1536,1536]' not in compiled.as_text()
 
 
@@ -58,7 +56,8 @@ def assert_runs(kinds, kernel, compiled):
 @pytest.mark.parametrize('kinds', LAYERS, ids='-'.join)
 def test_step_of_64_chips(kinds, compile_step):
   devices = accelerators.tpu_pod(2, 8, 4)
-  assert_runs(kinds, 'tpu', compile_step(kinds, devices, 'tpu'))
+  with dispatch.pretend('tpu', 'v5p'):
+    assert_runs(kinds, 'tpu', *compile_step(kinds, devices))
 
 
 @pytest.mark.slow
@@ -68,6 +67,7 @@ def test_step_of_eight_gpus(kinds, compile_step, monkeypatch, capfd):
   """Without co4, whose float32 statistics the tensor cores would round."""
   accelerators.require_h100_compiler(monkeypatch)
   devices = accelerators.h100s(8).reshape(2, 2, 2)
-  assert_runs(kinds, 'gpu', compile_step(kinds, devices, 'gpu'))
+  with dispatch.pretend('gpu', '9.0'):
+    assert_runs(kinds, 'gpu', *compile_step(kinds, devices))
   # XLA's word for arrays that it makes whole on every device.
   assert 'full rematerialization' not in capfd.readouterr().err

@@ -32,9 +32,9 @@ from attention.kernels.chunked.hopper import CHUNK
 _FORGOTTEN = -1e30  # log of a decay to 0: 64 of them can be added up.
 
 
-def check(operands, starts, *, normalize):
+def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  del starts, normalize
+  del rule
   dispatch.require_hopper()
   for name in ('q', 'k', 'v'):
     dtype = getattr(operands, name).dtype
@@ -60,34 +60,35 @@ class _Weights(NamedTuple):
   kept: jax.Array | None  # [B,K,chunks], from state to state
 
 
-def forward(operands, starts, *, normalize):
+def forward(operands, rule):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, s0, z0 = operands
+  q, k, v, decay, s0, z0, starts = operands
   time = q.shape[1]
-  plan = _plan(q, k, normalize)
+  plan = _plan(q, k, rule)
   weights = _weights(plan, k, decay, starts)
   q, k, v = map(_pad, (q, k, v))
   scales = None
   if weights.kept is not None:
-    sums = () if normalize is None else (weights.after,)
+    sums = () if rule.normalize is None else (weights.after,)
     scales = _scales(weights.after, weights.kept, *sums)
   S = gpu_states.states(plan._replace(G=1), k, v, scales, s0, z0, reverse=False)
   out = _outputs(plan, q, k, v, S['states'], S.get('z_states'), weights)
   y, last = out['y'][:, :time], (S['last'], S.get('z_last'))
   saved = (S['states'], S.get('z_states'))
-  if normalize is not None:
+  if rule.normalize is not None:
     saved += (y, out['inverse'])
-  return y, *last, saved
+  return (y, *last), saved
 
 
-def backward(operands, starts, saved, dy, dsT, dzT, *, normalize):
+def backward(operands, rule, saved, cotangents):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, _, _ = operands
-  plan = _plan(q, k, normalize)
+  dy, dsT, dzT = cotangents
+  q, k, v, decay, _, _, starts = operands
+  plan = _plan(q, k, rule)
   weights = _weights(plan, k, decay, starts)
   dy = dy.astype(q.dtype)
   inverse = delta = None
-  if normalize is not None:
+  if rule.normalize is not None:
     inverse = saved[3]
     delta = jnp.sum(dy.astype(jnp.float32) * saved[2].astype(jnp.float32), -1)
     delta = _chunks(plan, jnp.swapaxes(delta, 1, 2)).reshape(inverse.shape)
@@ -105,12 +106,13 @@ def backward(operands, starts, saved, dy, dsT, dzT, *, normalize):
   if decay is not None:
     passed = jnp.sum(saved[0].astype(jnp.float32) * dS['states'], (1, 2))
     passed = passed.reshape(weights.kept.shape)
-    if normalize is not None:
+    if rule.normalize is not None:
       passed += jnp.sum(saved[1] * dS['z_states'], -1).reshape(passed.shape)
     ddecay = _decay_gradient(plan, starts, weights.kept, passed, out)
     ddecay = jnp.swapaxes(ddecay, 1, 2)[:, :q.shape[1]]
   dq, dk, dv = (out[name][:, :q.shape[1]] for name in ('dq', 'dk', 'dv'))
-  return chunked.Operands(dq, dk, dv, ddecay, dS['last'], dS.get('z_last'))
+  return chunked.Operands(dq, dk, dv, ddecay, dS['last'], dS.get('z_last'),
+                          None)
 
 
 def _reverse_scales(plan, weights, inverse, delta):
@@ -161,9 +163,9 @@ def _decay_gradient(plan, starts, kept, passed, sums):
   return jnp.where(first, 0.0, total).reshape(*kept.shape[:2], -1)
 
 
-def _plan(q, k, normalize):
+def _plan(q, k, rule):
   return hopper.Plan(
-      q.shape[2] // k.shape[2], pl.cdiv(q.shape[1], CHUNK), normalize)
+      q.shape[2] // k.shape[2], pl.cdiv(q.shape[1], CHUNK), rule.normalize)
 
 
 def _pad(x):

@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from attention.kernels import arguments
-
 
 def chunked_linear_attention(q, k, v, *, decay=None, s0=None,
-                             segment_ids=None, segment_id0=None,
-                             normalize=None):
+                             starts=None, normalize=None):
   """`attention.kernels.chunked.chunked_linear_attention`, step by step."""
   dtype = v.dtype
   q, k, v = (array.astype(jnp.float32) for array in (q, k, v))
@@ -20,7 +17,6 @@ def chunked_linear_attention(q, k, v, *, decay=None, s0=None,
     S, z = s0 if normalize is not None else (s0, z)
   decay = jnp.zeros(groups) if decay is None else decay.astype(jnp.float32)
   decay = jnp.broadcast_to(decay, (batch, time, groups))
-  starts = arguments.segment_starts(segment_ids, segment_id0)
   if starts is None:
     starts = jnp.zeros((batch, time), bool)
 

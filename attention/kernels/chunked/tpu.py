@@ -28,9 +28,9 @@ from attention.kernels.chunked.tpu_chunk import decays_of, flat
 from attention.kernels.tpu_tiles import NN, dot
 
 
-def check(operands, starts, *, normalize):
+def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  del starts, normalize
+  del rule
   q, k, v, *_ = operands
   dtypes = {x.dtype for x in (q, k, v)}
   if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
@@ -43,10 +43,10 @@ def check(operands, starts, *, normalize):
         f'H ({H}) and V ({V}): the TPU kernels take widths up to 256')
 
 
-def forward(operands, starts, *, normalize):
+def forward(operands, rule):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, s0, z0 = operands
-  call = tpu_blocks.Launch(operands, starts, eps=normalize, reverse=False)
+  q, k, v, decay, s0, z0, _ = operands
+  call = tpu_blocks.Launch(operands, rule, reverse=False)
   S, z = _states(call)
   out = call.run(
       _forward_kernel,
@@ -59,13 +59,14 @@ def forward(operands, starts, *, normalize):
       name='chunked_forward',
       products=call.spec.chunk * (call.H + call.V) + 2 * call.H * call.V)
   sT, zT = _restore_states(call, operands, out['sT'], out['zT'], total=False)
-  return call.restore(out['y'], v.shape[-1]), sT, zT, (out['Ss'], out['zs'])
+  return (call.restore(out['y'], v.shape[-1]), sT, zT), (out['Ss'], out['zs'])
 
 
-def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
+def backward(operands, rule, states, cotangents):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, s0, z0 = operands
-  call = tpu_blocks.Launch(operands, starts, eps=normalize, reverse=True)
+  dy, dsT, dzT = cotangents
+  q, k, v, decay, *_ = operands
+  call = tpu_blocks.Launch(operands, rule, reverse=True)
   S, z = _states(call)
   H, V = call.H, call.V
   chunks = call.spec.chunks
@@ -93,7 +94,8 @@ def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
   return chunked.Operands(
       call.restore(out['dq'], q.shape[-1]), dk[..., :k.shape[-1]],
       dv[..., :v.shape[-1]], ddecay,
-      *_restore_states(call, operands, out['ds0'], out['dz0'], total=True))
+      *_restore_states(call, operands, out['ds0'], out['dz0'], total=True),
+      None)
 
 
 def _states(call):

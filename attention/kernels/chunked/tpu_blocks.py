@@ -150,15 +150,15 @@ class Launch:
   with the spec of its blocks; None for an array that is None.
   """
 
-  def __init__(self, operands, starts, *, eps, reverse):
+  def __init__(self, operands, rule, *, reverse):
     self.B, T, N, H = operands.q.shape
     self.K, V = operands.v.shape[2:]
     rows = query_rows(operands.q, operands.v)
     self.G = query_heads(N // self.K, rows)
     self.P = N // self.G
     self.H, self.V = padded_width(H), padded_width(V)
-    self.spec = specification(T, rows, self.G, eps)
-    self.starts = starts
+    self.spec = specification(T, rows, self.G, rule.normalize)
+    self.starts = operands.starts
     self.reverse = reverse
 
   def _spec(self, shape, index, **kwargs):

@@ -28,20 +28,20 @@ _at = functools.partial(loops.at, axis=1)
 _put = functools.partial(loops.put, axis=1)
 
 
-def check(operands, starts, *, normalize):
+def check(operands, rule):
   """Everything is supported."""
-  del operands, starts, normalize
+  del operands, rule
 
 
-def forward(operands, starts, *, normalize):
+def forward(operands, rule):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, s0, z0 = operands
+  q, k, v, decay, s0, z0, starts = operands
   inputs, starts = _split((q, k, v, decay)), _split(starts)
   groups = inputs[0].shape[1]
 
   def step(i, carry):
     state, states, y = carry
-    after, new = _group(state, *_at((inputs, starts), i), normalize)
+    after, new = _group(state, *_at((inputs, starts), i), rule)
     return after, _put(states, i, state), _put(y, i, new.astype(y.dtype))
 
   state = _float32((s0, z0))
@@ -51,12 +51,13 @@ def forward(operands, starts, *, normalize):
   (sT, zT), states, y = jax.lax.fori_loop(
       0, groups, step, (state, states, y))
   y = y.reshape(y.shape[0], -1, *y.shape[4:])
-  return y[:, :q.shape[1]], sT, zT, states
+  return (y[:, :q.shape[1]], sT, zT), states
 
 
-def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
+def backward(operands, rule, states, cotangents):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, _, _ = operands
+  dy, dsT, dzT = cotangents
+  q, k, v, decay, _, _, starts = operands
   inputs, pull_inputs = jax.vjp(_split, (q, k, v, decay))
   dy, starts = _split(dy), _split(starts)
   groups = dy.shape[1]
@@ -66,7 +67,7 @@ def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
     dstate, dinputs = carry
     state, inputs_i, starts_i, dy_i = _at((states, inputs, starts, dy), i)
     _, pull = jax.vjp(
-        lambda *primals: _group(*primals, starts_i, normalize),
+        lambda *primals: _group(*primals, starts_i, rule),
         state, inputs_i)
     dstate, dinputs_i = pull((dstate, dy_i.astype(jnp.float32)))
     return dstate, _put(dinputs, i, dinputs_i)
@@ -74,22 +75,22 @@ def backward(operands, starts, states, dy, dsT, dzT, *, normalize):
   (ds0, dz0), dinputs = jax.lax.fori_loop(
       0, groups, step,
       (_float32((dsT, dzT)), jax.tree.map(jnp.zeros_like, inputs)))
-  return chunked.Operands(*pull_inputs(dinputs)[0], ds0, dz0)
+  return chunked.Operands(*pull_inputs(dinputs)[0], ds0, dz0, None)
 
 
-def _group(state, inputs, starts, normalize):
+def _group(state, inputs, starts, rule):
   """One group of chunks: the state after it, and its outputs."""
   q, k, v, decay = _float32(inputs)
   heads = q.shape[3]
   q = q.reshape(*k.shape[:4], -1, k.shape[-1])
   q = jnp.einsum('BnTKGH->BKnGTH', q)
   k, v, decay = jax.tree.map(lambda x: jnp.moveaxis(x, 3, 1), (k, v, decay))
-  state, y = _attend(state, q, k, v, decay, starts, normalize)
+  state, y = _attend(state, q, k, v, decay, starts, rule)
   y = jnp.einsum('BKnGTV->BnTKGV', y)
   return state, y.reshape(*y.shape[:3], heads, -1)
 
 
-def _attend(state, q, k, v, decay, starts, normalize):
+def _attend(state, q, k, v, decay, starts, rule):
   """The same of arrays laid out for the products."""
   pairs, from_state, to_end = _visible(starts, k.shape[2:4])
   # All queries of a key head in one product.
@@ -114,7 +115,7 @@ def _attend(state, q, k, v, decay, starts, normalize):
   carried = grouped(_matmul('a b', rows(q), S_before))
   carried = jnp.where(from_state[..., None], carried, 0.0)
   y = grouped(_matmul('a b', rows(weights), v)) + carried
-  if normalize is None:
+  if rule.normalize is None:
     return (S, None), y
 
   z, z_before = _states(state[1], k_kept.sum(-2), survives, kept)
@@ -123,7 +124,7 @@ def _attend(state, q, k, v, decay, starts, normalize):
   # The reciprocal first: its gradient takes one division a row. Spread over V
   # by a product, so that its gradient is one too and not a sum: into that,
   # XLA:CPU would fuse the products that y is made of, a second time.
-  scale = 1 / (weights.sum(-1) + carried + normalize)
+  scale = 1 / (weights.sum(-1) + carried + rule.normalize)
   scale = jnp.einsum('...T,V->...TV', scale, jnp.ones(y.shape[-1:]),
                      precision='highest')
   return (S, z), y * scale

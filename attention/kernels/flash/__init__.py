@@ -1,21 +1,16 @@
 """Softmax attention that never stores its scores: the op and its gradient.
 
-An implementation is a module of this package with
+The sink and the gradient of lse are handled here, once: both only change the
+lse and the delta that the gradient is made from. So an implementation (see
+`attention.kernels.contract`) knows neither:
 
-  check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink, q_offset)
-  forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window, softcap)
-    -> (out [B,T,N,V], lse [B,N,T])
-  backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale, causal,
-           window, softcap) -> (dq, dk, dv)
-
-where backward computes p = exp(s - lse) and ds = p * (dout v^T - delta). The
-sink and the gradient of lse are handled here, once: both only change the lse
-and the delta that backward is called with.
+  forward(operands, rule) -> (out [B,T,N,V], lse [B,N,T])
+  backward(operands, rule, (lse, delta), dout) -> (dq, dk, dv)
+      of p = exp(s - lse) and ds = p * (dout v^T - delta).
 """
 
 import functools
 import operator
-import types
 from typing import NamedTuple
 
 import jax
@@ -31,10 +26,23 @@ IMPLEMENTATIONS = ('xla', 'plain', 'tpu', 'gpu', 'cudnn')
 _MAX_EXPONENT = 80.0
 
 
-class _Call(NamedTuple):
-  module: types.ModuleType
-  options: tuple  # of (name, value): scale, causal, window, softcap
-  q_offset: int | None  # None: it is an array
+class Operands(NamedTuple):
+  """What an implementation gets."""
+  q: Float[Array, 'B T N H']
+  k: Float[Array, 'B S K H']
+  v: Float[Array, 'B S K V']
+  q_ids: Int[Array, 'B T'] | None
+  kv_ids: Int[Array, 'B S'] | None
+  q_offset: int | Int[Array, '']  # an int where the rule has it
+
+
+class Rule(NamedTuple):
+  """What a program is compiled for."""
+  scale: float
+  causal: bool = True
+  window: int = 0
+  softcap: float = 0.0
+  q_offset: int | None = 0  # None: it is an array
 
 
 def flash_attention(
@@ -84,44 +92,41 @@ def flash_attention(
     NotImplementedError: the named implementation cannot do what is asked.
   """
   _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink)
-  if segment_ids is not None and not isinstance(segment_ids, (tuple, list)):
+  if not isinstance(segment_ids, (tuple, list)):
     segment_ids = (segment_ids, segment_ids)
+  static = None
   if not isinstance(q_offset, jax.Array):
-    q_offset = operator.index(q_offset)
-  options = dict(scale=float(scale), causal=bool(causal), window=int(window),
-                 softcap=float(softcap))
+    static = q_offset = operator.index(q_offset)
+  rule = Rule(
+      float(scale), bool(causal), int(window), float(softcap), static)
+  operands = Operands(q, k, v, *segment_ids, q_offset)
   module = dispatch.select(
-      __name__, implementation, IMPLEMENTATIONS, q, k, v, **options,
-      segment_ids=segment_ids, sink=sink, q_offset=q_offset)
-  static = q_offset if isinstance(q_offset, int) else None
-  call = _Call(module, tuple(options.items()), static)
-  q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
+      __name__, implementation, IMPLEMENTATIONS, operands, rule)
   q, k, v, sink = _varying_alike(q, k, v, sink)
-  return _attend(call, q, k, v, q_ids, kv_ids, sink,
-                 q_offset if static is None else None)
+  operands = operands._replace(
+      q=q, k=k, v=v, q_offset=None if static is not None else q_offset)
+  return _attend(module, rule, operands, sink)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call, q, k, v, q_ids, kv_ids, sink, q_offset):
-  return _attend_forward(call, q, k, v, q_ids, kv_ids, sink, q_offset)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(module, rule, operands, sink):
+  return _attend_forward(module, rule, operands, sink)[0]
 
 
-def _attend_forward(call, q, k, v, q_ids, kv_ids, sink, q_offset):
-  offset = call.q_offset if q_offset is None else q_offset
-  out, lse = call.module.forward(
-      q, k, v, q_ids, kv_ids, offset, **dict(call.options))
+def _attend_forward(module, rule, operands, sink):
+  q = operands.q
+  out, lse = module.forward(_with_offset(operands, rule), rule)
   if sink is not None:
     kept = jax.nn.sigmoid(lse - sink.astype(lse.dtype)[:, None])
     # An empty row against a sink of -inf would be inf - inf.
     kept = jnp.where(jnp.isneginf(lse), 0.0, kept)
     out = (out * jnp.swapaxes(kept, 1, 2)[..., None]).astype(q.dtype)
-  return (out, lse), (q, k, v, q_ids, kv_ids, sink, q_offset, out, lse)
+  return (out, lse), (operands, sink, out, lse)
 
 
-def _attend_backward(call, residuals, cotangents):
-  q, k, v, q_ids, kv_ids, sink, q_offset, out, lse = residuals
+def _attend_backward(module, rule, residuals, cotangents):
+  operands, sink, out, lse = residuals
   dout, dlse = cotangents
-  offset = call.q_offset if q_offset is None else q_offset
   delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
   delta = jnp.swapaxes(delta, 1, 2)
   finite_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
@@ -137,13 +142,19 @@ def _attend_backward(call, residuals, cotangents):
     dsink = dsink.astype(sink.dtype)
     backward_delta = delta - dlse * jnp.exp(
         jnp.minimum(backward_lse - finite_lse, _MAX_EXPONENT))
-  dq, dk, dv = call.module.backward(
-      q, k, v, q_ids, kv_ids, offset, dout, backward_lse, backward_delta,
-      **dict(call.options))
-  return dq, dk, dv, None, None, dsink, None
+  gradients = module.backward(
+      _with_offset(operands, rule), rule, (backward_lse, backward_delta), dout)
+  return Operands(*gradients, None, None, None), dsink
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _with_offset(operands, rule):
+  """A static offset is no operand: a traced function would make it an array."""
+  if rule.q_offset is None:
+    return operands
+  return operands._replace(q_offset=rule.q_offset)
 
 
 def _varying_alike(*arrays):

@@ -11,15 +11,15 @@ cuDNN may add up dq in another order on every run, unless XLA runs with
 
 import inspect
 
-import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
+from attention.kernels import dispatch
 
-def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
-          q_offset):
+
+def check(operands, rule):
   """Raises NotImplementedError for what cuDNN does otherwise or not at all."""
-  del scale, sink
+  q, k, v, q_ids, _, q_offset = operands
   capability = _capability()
   if capability is None:
     raise NotImplementedError('cudnn needs an NVIDIA GPU')
@@ -38,44 +38,43 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
   if H != V or H % 8 or widest < H:
     raise NotImplementedError(
         f'cudnn takes H = V that 8 divides, up to {widest}, not {H} and {V}')
-  if softcap:
-    raise NotImplementedError(f'cudnn has no softcap ({softcap})')
-  if segment_ids is not None:
+  if rule.softcap:
+    raise NotImplementedError(f'cudnn has no softcap ({rule.softcap})')
+  if q_ids is not None:
     raise NotImplementedError('cudnn has no segment_ids')
-  if causal and not (isinstance(q_offset, int) and q_offset == 0
-                     and q.shape[1] == k.shape[1]):
+  if rule.causal and (rule.q_offset != 0 or q.shape[1] != k.shape[1]):
     raise NotImplementedError(
         f'cudnn takes causal with T = S and q_offset 0, not T {q.shape[1]}, '
         f'S {k.shape[1]}, q_offset {q_offset}')
 
 
-def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
-            softcap):
+def forward(operands, rule):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
-  del q_ids, kv_ids, q_offset, softcap  # declined by check
+  q, k, v, *_ = operands
   return fused.dot_product_attention(
-      q, k, v, scale=scale, mask_type=_mask(causal),
-      sliding_window_length=window or None, return_residual=True)
+      q, k, v, scale=rule.scale, mask_type=_mask(rule),
+      sliding_window_length=rule.window or None, return_residual=True)
 
 
-def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
-             causal, window, softcap):
+def backward(operands, rule, saved, dout):
   """Returns the gradients of q, k and v; see the package.
 
   Where a row of dout is zero and its delta is not (lse is differentiated and
   out is not used), no output has that delta: the gradients are NaN.
   """
-  del q_ids, kv_ids, q_offset, softcap  # declined by check
+  q, k, v, *_ = operands
+  lse, delta = saved
   dout = dout.astype(q.dtype)
   unused = jnp.zeros(0, q.dtype)
   extra = {}
   if 'score_mod' in inspect.signature(fused.dot_product_attention).parameters:
     extra['score_mod'] = None  # since jax 0.12
   return tuple(fused._dot_product_attention_bwd_p_wrapper.bind(
-      q, k, v, *[unused] * 7, lse, _output_of(dout, delta), dout, scale=scale,
+      q, k, v, *[unused] * 7, lse, _output_of(dout, delta), dout,
+      scale=rule.scale,
       seed=42, dropout_rate=0.0, variadic_args=(False, False),
-      mask_type=_mask(causal), layout=fused.AttentionLayout.BTNH.value,
-      sliding_window_length=window or None, **extra))
+      mask_type=_mask(rule), layout=fused.AttentionLayout.BTNH.value,
+      sliding_window_length=rule.window or None, **extra))
 
 
 def _output_of(dout, delta):
@@ -88,17 +87,11 @@ def _output_of(dout, delta):
   return (wide * ratio).astype(dout.dtype)
 
 
-def _mask(causal):
-  return fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
+def _mask(rule):
+  return fused.MaskType.CAUSAL if rule.causal else fused.MaskType.NO_MASK
 
 
 def _capability():
-  """Of the first GPU; 9.0 on a CPU, which compiles ahead of time; or None."""
-  platform = jax.default_backend()
-  if platform == 'cpu':
-    return 9.0
-  if platform != 'gpu':
-    return None
-  # A ROCm device says 'gfx...'.
-  capability = str(jax.devices()[0].compute_capability)
-  return None if capability.startswith('gfx') else float(capability)
+  """Of the target, None where it is no GPU of NVIDIA's (ROCm says 'gfx...')."""
+  platform, chip = dispatch.target()
+  return None if platform != 'gpu' or chip.startswith('gfx') else float(chip)

@@ -34,12 +34,11 @@ from attention.kernels.flash import gpu_backward, hopper
 _FLOOR = -3e38
 
 
-def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
-          q_offset):
+def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  del k, window, softcap, segment_ids, sink, q_offset
+  q, _, v, *_ = operands
   dispatch.require_hopper()
-  if causal and jax.default_backend() == 'gpu':
+  if rule.causal and jax.default_backend() == 'gpu':
     runtime = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
     # jax's own Mosaic GPU attention refuses these too: ptxas miscompiles it.
     if 12080 <= runtime < 12091:
@@ -54,20 +53,20 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
     if width % 16 or not 16 <= width <= 256:
       raise NotImplementedError(
           f'gpu takes {name} that 16 divides, up to 256, not {width}')
-  if not scale > 0:
-    raise NotImplementedError(f'gpu takes a positive scale, not {scale}')
+  if not rule.scale > 0:
+    raise NotImplementedError(f'gpu takes a positive scale, not {rule.scale}')
 
 
-def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
-            softcap):
+def forward(operands, rule):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
+  q, k, v, *_ = operands
   B, T, N, H = q.shape
   S, K, V = v.shape[1:]
   # 64 registers hold a [64, 128] tile; wider heads need them for the sums.
   block = 128 if max(H, V) <= 128 else 64
-  plan = hopper.Plan(scale, causal, window, softcap, q_ids is not None, S,
-                     N // K, block, stages=2)
-  ids, spans = hopper.query_spans(plan, T, q_ids, kv_ids, q_offset)
+  plan = hopper.Plan(
+      rule, operands.q_ids is not None, S, N // K, block, stages=2)
+  ids, spans = hopper.query_spans(plan, operands)
   scratch = dict(
       q=hopper.own_tile(H, q.dtype),
       k=hopper.ring_tile(plan, H, q.dtype),
@@ -194,23 +193,22 @@ def _attend(plan, smem, span, warpgroup, position, V):
   return carry
 
 
-def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
-             causal, window, softcap):
+def backward(operands, rule, saved, dout):
   """Returns the gradients of q, k and v; see the package."""
+  (q, k, v, *_), (lse, delta) = operands, saved
   T, H = q.shape[1], q.shape[-1]
   S, V = v.shape[1], v.shape[-1]
   plan = hopper.Plan(
-      scale, causal, window, softcap, q_ids is not None, S,
-      q.shape[2] // k.shape[2], block=64,
+      rule, operands.q_ids is not None, S, q.shape[2] // k.shape[2], block=64,
       # Two stages take 512 bytes of shared memory for each lane of H and V.
       stages=2 if H + V <= 432 else 1)
   # Rows past the end have q = dout = 0: with lse = delta = 0 they add nothing.
   tail = ((0, 0), (0, 0), (0, -T % hopper.HEIGHT))
-  operands = (*map(hopper.pad_length, (q, k, v, dout.astype(q.dtype))),
-              jnp.pad(lse * hopper.LOG2E, tail), jnp.pad(delta, tail))
-  dq = gpu_backward.dq(plan, operands, q_ids, kv_ids, q_offset)
+  arrays = (*map(hopper.pad_length, (q, k, v, dout.astype(q.dtype))),
+            jnp.pad(lse * hopper.LOG2E, tail), jnp.pad(delta, tail))
+  dq = gpu_backward.dq(plan, arrays, operands)
   # Beside the scores, 240 registers do not hold two sums of wider heads.
   parts = [('dk', 'dv')] if max(H, V) <= 128 else [('dk',), ('dv',)]
   gradients = [x[:, :S] for names in parts for x in gpu_backward.dkv(
-      plan, names, operands, q_ids, kv_ids, q_offset)]
+      plan, names, arrays, operands)]
   return dq[:, :T], *gradients

@@ -12,20 +12,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attention.kernels.flash import hopper
 
 
-def dq(plan, operands, q_ids, kv_ids, q_offset):
+def dq(plan, arrays, operands):
   """Returns dq [B,T,N,H].
 
   Args:
     plan: hopper.Plan.
-    operands: q, k, v, dout, and lse (in log 2) and delta padded to whole tiles.
-    q_ids: [B,T] or None.
-    kv_ids: [B,S] or None.
-    q_offset: int or int32 scalar.
+    arrays: q, k, v, dout, and lse (in log 2) and delta padded to whole tiles.
+    operands: as the op has them, for ids and offset.
   """
-  q, _, v = operands[:3]
+  q, _, v = arrays[:3]
   B, T, N, H = q.shape
   V = v.shape[-1]
-  ids, spans = hopper.query_spans(plan, T, q_ids, kv_ids, q_offset)
+  ids, spans = hopper.query_spans(plan, operands)
   scratch = dict(
       q=hopper.own_tile(H, q.dtype),
       dout=hopper.own_tile(V, q.dtype),
@@ -40,7 +38,7 @@ def dq(plan, operands, q_ids, kv_ids, q_offset):
   return hopper.launch(
       _dq_kernel, plan, (B, N, pl.cdiv(T, hopper.HEIGHT)),
       jax.ShapeDtypeStruct(q.shape, q.dtype), scratch, name='dq')(
-          *operands, *ids, spans)
+          *arrays, *ids, spans)
 
 
 def _dq_kernel(plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
@@ -97,20 +95,21 @@ def _dq_kernel(plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
       return acc[...]
 
     sums = pl.run_scoped(accumulate, plgpu.ACC((hopper.ROWS, q.shape[-1])))
-    smem.q[warpgroup] = (sums * plan.scale).astype(q.dtype)
+    smem.q[warpgroup] = (sums * plan.rule.scale).astype(q.dtype)
     hopper.store([(smem.q.at[warpgroup], dq.at[batch, rows, head])])
 
   hopper.divide_work(warpgroup, copy, compute, registers=(24, 240))
 
 
-def dkv(plan, names, operands, q_ids, kv_ids, q_offset):
+def dkv(plan, names, arrays, operands):
   """Returns those of dk [B,S,K,H] and dv [B,S,K,V] that names lists; see dq."""
-  q, k, v = operands[:3]
+  q, k, v = arrays[:3]
   B, T, _, H = q.shape
   K, V = v.shape[2:]
-  ids = hopper.pad_ids(q_ids, kv_ids, plan.block, hopper.HEIGHT)
-  masks = hopper.block_masks(plan, T, plan.block, hopper.HEIGHT, ids, q_offset)
-  spans = hopper.make_spans(*(jnp.swapaxes(x, 1, 2) for x in masks), q_offset)
+  ids = hopper.pad_ids(operands, plan.block, hopper.HEIGHT)
+  masks = hopper.block_masks(plan, operands, plan.block, hopper.HEIGHT, ids)
+  spans = hopper.make_spans(
+      *(jnp.swapaxes(x, 1, 2) for x in masks), operands.q_offset)
   scratch = dict(
       k=hopper.own_tile(H, q.dtype),
       v=hopper.own_tile(V, q.dtype),
@@ -123,14 +122,15 @@ def dkv(plan, names, operands, q_ids, kv_ids, q_offset):
       ready=hopper.barrier(5 + plan.segments, plan.stages),
       free=hopper.barrier(hopper.WARPGROUPS, plan.stages),
       **hopper.id_buffers(plan))
-  positions = jnp.arange(operands[4].shape[-1], dtype=jnp.int32) + q_offset
+  positions = jnp.arange(arrays[4].shape[-1], dtype=jnp.int32)
+  positions += operands.q_offset
   like = dict(dk=k, dv=v)
   return hopper.launch(
       functools.partial(_dkv_kernel, names), plan,
       (B, K, pl.cdiv(plan.S, hopper.HEIGHT)),
       [jax.ShapeDtypeStruct(like[x].shape, q.dtype) for x in names],
       scratch, name='_'.join(names))(
-          *operands, positions, *ids[::-1], spans)
+          *arrays, positions, *ids[::-1], spans)
 
 
 def _dkv_kernel(names, plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
@@ -173,7 +173,7 @@ def _dkv_kernel(names, plan, q, k, v, dout, lse, delta, /, *refs, **scratch):
     sums = pl.run_scoped(accumulate, *(
         plgpu.ACC((hopper.ROWS, staged[x].shape[-1])) for x in names))
     for name, total in zip(names, sums):
-      total = total * plan.scale if name == 'dk' else total
+      total = total * plan.rule.scale if name == 'dk' else total
       staged[name][warpgroup] = total.astype(q.dtype)
     hopper.store([
         (staged[name].at[warpgroup], output.at[batch, rows, kv_head])
@@ -195,7 +195,7 @@ def _visit_queries(plan, smem, warpgroup, row, accs, step, block, head, masked,
   s, = hopper.products((smem.k.at[warpgroup], smem.q.at[slot]))
   s, unit, slope = hopper.cap(plan, s)
   p = jnp.exp2(s * unit - hopper.by_column(smem.lse, slot, s.shape))
-  if masked and (plan.causal or plan.segments):
+  if masked and (plan.rule.causal or plan.segments):
     seen = hopper.visible_transposed(
         plan, row, hopper.by_column(smem.positions, slot, s.shape),
         hopper.load_ids(plan, smem, warpgroup, slot))

@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention.kernels.flash import Rule
+
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: the M of wgmma
 WARPGROUPS = 2  # that compute; a third one copies
@@ -20,10 +22,7 @@ PER_ROW, PER_COLUMN = TILE.reduce(1), TILE.reduce(0)
 
 class Plan(NamedTuple):
   """What a kernel is compiled for, beside the shapes of its operands."""
-  scale: float
-  causal: bool
-  window: int
-  softcap: float
+  rule: Rule
   segments: bool
   S: int
   G: int
@@ -40,13 +39,13 @@ class Span(NamedTuple):
   offset: jax.Array
 
 
-def query_spans(plan, T, q_ids, kv_ids, q_offset):
+def query_spans(plan, operands):
   """Padded ids and spans of keys for the kernels that walk over keys."""
-  ids = pad_ids(q_ids, kv_ids, HEIGHT, plan.block)
-  some, every = block_masks(plan, T, HEIGHT, plan.block, ids, q_offset)
+  ids = pad_ids(operands, HEIGHT, plan.block)
+  some, every = block_masks(plan, operands, HEIGHT, plan.block, ids)
   # Past the end there are keys of zeros.
   whole = jnp.arange(1, every.shape[-1] + 1) * plan.block <= plan.S
-  return ids, make_spans(some, every & whole, q_offset)
+  return ids, make_spans(some, every & whole, operands.q_offset)
 
 
 def pad_length(x):
@@ -60,29 +59,30 @@ def pad_length(x):
   return jnp.pad(x, [(0, missing if i == 1 else 0) for i in range(x.ndim)])
 
 
-def pad_ids(q_ids, kv_ids, rows, columns):
+def pad_ids(operands, rows, columns):
   """Whole blocks of ids. The last one repeats: no block gains a segment."""
-  if q_ids is None:
+  if operands.q_ids is None:
     return ()
   return tuple(
       jnp.pad(x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % block)), 'edge')
-      for x, block in ((q_ids, rows), (kv_ids, columns)))
+      for x, block in ((operands.q_ids, rows), (operands.kv_ids, columns)))
 
 
-def block_masks(plan, T, rows, columns, ids, q_offset):
+def block_masks(plan, operands, rows, columns, ids):
   """[B or 1, query blocks, key blocks]: something, everything is visible."""
+  T, q_offset = operands.q.shape[1], operands.q_offset
   first = jnp.arange(pl.cdiv(T, rows))[:, None] * rows + q_offset
   last = jnp.minimum(first + rows, T + q_offset) - 1
   first_key = jnp.arange(pl.cdiv(plan.S, columns))[None] * columns
   last_key = jnp.minimum(first_key + columns, plan.S) - 1
   some = jnp.ones((1, first.shape[0], first_key.shape[1]), bool)
   every = some
-  if plan.causal:
+  if plan.rule.causal:
     some &= first_key <= last
     every &= last_key <= first
-  if plan.window:
-    some &= last_key > first - plan.window
-    every &= first_key > last - plan.window
+  if plan.rule.window:
+    some &= last_key > first - plan.rule.window
+    every &= first_key > last - plan.rule.window
   if ids:
     q, kv = (x.reshape(x.shape[0], -1, block)
              for x, block in zip(ids, (rows, columns)))
@@ -303,14 +303,14 @@ def by_column(buffer, slot, shape):
 
 def cap(plan, s):
   """Raw scores -> x and unit, score = x * unit in log 2, and d(score)/ds."""
-  if not plan.softcap:
-    return s, plan.scale * LOG2E, None
+  if not plan.rule.softcap:
+    return s, plan.rule.scale * LOG2E, None
   # tanh from 2^x and rsqrt, one instruction each: the tanh instruction is good
   # to 11 bits only, and a division takes ten instructions.
-  e = jnp.exp2(s * (2 * LOG2E * plan.scale / plan.softcap))
+  e = jnp.exp2(s * (2 * LOG2E * plan.rule.scale / plan.rule.softcap))
   root = lax.rsqrt(e + 1)
   x = 1 - 2 * root * root
-  return x, plan.softcap * LOG2E, 1 - x * x
+  return x, plan.rule.softcap * LOG2E, 1 - x * x
 
 
 def visible(plan, row, column, shape, ids):
@@ -323,20 +323,20 @@ def visible(plan, row, column, shape, ids):
   rows = _indices(row)
   columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + column
   seen = columns < plan.S
-  if plan.causal:
+  if plan.rule.causal:
     seen &= columns <= by_row(rows, shape)
-  if plan.window:
-    seen &= columns > by_row(rows - plan.window, shape)
+  if plan.rule.window:
+    seen &= columns > by_row(rows - plan.rule.window, shape)
   return seen if ids is None else seen & _same(ids, shape)
 
 
 def visible_transposed(plan, row, positions, ids):
   """Of keys (rows from row on) and queries, a tile of their positions."""
   shape, rows, masks = positions.shape, _indices(row), []
-  if plan.causal:
+  if plan.rule.causal:
     masks.append(positions >= by_row(rows, shape))
-  if plan.window:
-    masks.append(positions < by_row(rows + plan.window, shape))
+  if plan.rule.window:
+    masks.append(positions < by_row(rows + plan.rule.window, shape))
   if ids is not None:
     masks.append(_same(ids, shape))
   return functools.reduce(jnp.logical_and, masks)

@@ -8,19 +8,17 @@ import jax
 import jax.numpy as jnp
 
 
-def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
-          q_offset):
+def check(operands, rule):
   """Declines nothing."""
-  del q, k, v, scale, causal, window, softcap, segment_ids, sink, q_offset
+  del operands, rule
 
 
-def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
-            softcap):
+def forward(operands, rule):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
+  q, k, v, *_ = operands
   B, T, N, _ = q.shape
   K = k.shape[2]
-  s, seen, _ = _scores(_split(q, K), _split(k, K), B, T, q_ids, kv_ids,
-                       q_offset, scale, causal, window, softcap)
+  s, seen, _ = _scores(_split(q, K), _split(k, K), operands, rule)
   s = jnp.where(seen, s, -jnp.inf)
   top = jnp.max(s, axis=-1, keepdims=True)
   top = jnp.where(jnp.isneginf(top), 0.0, top)
@@ -34,17 +32,17 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
   return _join(out, B, T).astype(q.dtype), lse
 
 
-def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
-             causal, window, softcap):
+def backward(operands, rule, saved, dout):
   """Returns the gradients of q, k and v; see the package."""
+  q, k, v, *_ = operands
+  lse, delta = saved
   B, T, _, _ = q.shape
   S, K = k.shape[1:3]
   q, k, v, dout = (_split(x, K) for x in (q, k, v, dout))
-  s, seen, slope = _scores(q, k, B, T, q_ids, kv_ids, q_offset, scale, causal,
-                           window, softcap)
+  s, seen, slope = _scores(q, k, operands, rule)
   p = jnp.where(seen, jnp.exp(s - lse.reshape(B, K, -1, T, 1)), 0.0)
   dp = _dot(dout, v, 2, 2).reshape(s.shape)
-  ds = p * (dp - delta.reshape(B, K, -1, T, 1)) * (slope * scale)
+  ds = p * (dp - delta.reshape(B, K, -1, T, 1)) * (slope * rule.scale)
   p = p.reshape(B * K, -1, S).astype(q.dtype)
   ds = ds.reshape(B * K, -1, S).astype(q.dtype)
   gradients = (_join(_dot(ds, k, 2, 1), B, T), _join(_dot(ds, q, 1, 1), B, S),
@@ -52,7 +50,7 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
   return tuple(x.astype(q.dtype) for x in gradients)
 
 
-def visible(row, column, q_ids, kv_ids, causal, window):
+def visible(row, column, q_ids, kv_ids, rule):
   """Who sees whom, [T,S], or [B,1,1,T,S] with segments; broadcasts.
 
   Args:
@@ -60,32 +58,40 @@ def visible(row, column, q_ids, kv_ids, causal, window):
     column: [S] positions of the keys.
     q_ids: [B,T] or None.
     kv_ids: [B,S] or None.
-    causal: bool.
-    window: 0 or the number of tokens seen.
+    rule: Rule.
   """
   row, column = row[:, None], column[None, :]
   seen = jnp.ones((row.shape[0], column.shape[1]), bool)
-  if causal:
+  if rule.causal:
     seen &= column <= row
-  if window:
-    seen &= column > row - window
+  if rule.window:
+    seen &= column > row - rule.window
   if q_ids is not None:
     same = q_ids[:, :, None] == kv_ids[:, None, :]
     seen = seen & same[:, None, None]
   return seen
 
 
-def _scores(q, k, B, T, q_ids, kv_ids, q_offset, scale, causal, window,
-            softcap):
-  """Scores [B,K,G,T,S], the mask, and d(capped score) / d(score)."""
-  S = k.shape[1]
-  s = _dot(q, k, 2, 2).reshape(B, k.shape[0] // B, -1, T, S) * scale
+def _scores(q, k, operands, rule):
+  """Scores [B,K,G,T,S], the mask, and d(capped score) / d(score).
+
+  Args:
+    q: of the operands, as `_split` lays them out.
+    k: likewise.
+    operands: Operands.
+    rule: Rule.
+  """
+  B, T = operands.q.shape[:2]
+  S, K = operands.k.shape[1:3]
+  softcap = rule.softcap
+  s = _dot(q, k, 2, 2).reshape(B, K, -1, T, S) * rule.scale
   slope = 1.0
   if softcap:
     bounded = jnp.tanh(s / softcap)
     s, slope = softcap * bounded, 1 - bounded * bounded
-  seen = visible(jnp.arange(T) + q_offset, jnp.arange(S), q_ids, kv_ids,
-                 causal, window)
+  seen = visible(
+      jnp.arange(T) + operands.q_offset, jnp.arange(S), operands.q_ids,
+      operands.kv_ids, rule)
   return s, seen, slope
 
 

@@ -42,10 +42,9 @@ _ONES = 16
 
 
 
-def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
-          q_offset):
+def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  del scale, softcap, sink
+  q, k, v, q_ids, _, q_offset = operands
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(
         f'q of dtype {q.dtype}: the TPU kernels take bfloat16 and float32')
@@ -57,14 +56,14 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
   for backward in (False, True):
     blocks = tpu_blocks.block_sizes(
         T, S, widest=max(H, V), itemsize=q.dtype.itemsize, backward=backward,
-        window=window, packed=segment_ids is not None)
+        window=rule.window, packed=q_ids is not None)
     if max(pl.cdiv(T, blocks.q), pl.cdiv(S, blocks.k)) > tpu_blocks.MAX_BLOCKS:
       raise NotImplementedError(
           f'T ({T}) and S ({S}): the TPU kernels take up to '
           f'{tpu_blocks.MAX_BLOCKS} blocks of {blocks.q}: shard the sequence')
     rows, *_ = tpu_blocks.candidates(
-        blocks, T, S, q_offset, causal=causal, window=window)
-    listed = rows.size * (B if segment_ids is not None else 1)
+        blocks, T, S, q_offset, causal=rule.causal, window=rule.window)
+    listed = rows.size * (B if q_ids is not None else 1)
     if listed > tpu_blocks.MAX_VISITS:
       raise NotImplementedError(
           f'batch {B}, T ({T}) and S ({S}) make a list of {listed} blocks, '
@@ -72,12 +71,10 @@ def check(q, k, v, *, scale, causal, window, softcap, segment_ids, sink,
           'the sequence')
 
 
-def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
-            softcap):
+def forward(operands, rule):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
-  call = tpu_launch.Launch(
-      q, k, v, q_ids, kv_ids, q_offset, backward=False, scale=scale,
-      causal=causal, window=window, softcap=softcap)
+  q, k, v, *_ = operands
+  call = tpu_launch.Launch(operands, rule, backward=False)
   queries, V = call.blocks.q, padded_width(v.shape[-1])
   row = pltpu.VMEM((1, queries), jnp.float32)
   out, lse = call.run(
@@ -89,33 +86,30 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
   return call.restore(out, v.shape[3]), call.restore(lse, None)
 
 
-def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
-             causal, window, softcap):
+def backward(operands, rule, saved, dout):
   """Returns the gradients of q, k and v; see the package."""
-  options = dict(scale=scale, causal=causal, window=window, softcap=softcap)
+  q, k, v, _, kv_ids, q_offset = operands
   S, most = k.shape[1], _most_keys(k, v)
   if most >= S:
-    return _gradients(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta,
-                      dq_dtype=q.dtype, **options)
+    return _gradients(operands, rule, saved, dout, dq_dtype=q.dtype)
   # dk and dv of all keys do not fit in VMEM: some keys at a time, each with
   # its own dq.
   parts = []
   for start in range(0, S, most):
     part = slice(start, start + most)
-    ids = None if kv_ids is None else kv_ids[:, part]
-    parts.append(_gradients(q, k[:, part], v[:, part], q_ids, ids,
-                            q_offset - start, dout, lse, delta,
-                            dq_dtype=jnp.float32, **options))
+    parts.append(_gradients(operands._replace(
+        k=k[:, part], v=v[:, part],
+        kv_ids=None if kv_ids is None else kv_ids[:, part],
+        q_offset=q_offset - start), rule, saved, dout, dq_dtype=jnp.float32))
   dq, dk, dv = zip(*parts)
   return (sum(dq).astype(q.dtype), jnp.concatenate(dk, 1),
           jnp.concatenate(dv, 1))
 
 
-def _gradients(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, dq_dtype,
-               **options):
+def _gradients(operands, rule, saved, dout, *, dq_dtype):
   """Returns dq, dk and dv for as many keys as fit in VMEM."""
-  call = tpu_launch.Launch(
-      q, k, v, q_ids, kv_ids, q_offset, backward=True, **options)
+  (q, k, v, *_), (lse, delta) = operands, saved
+  call = tpu_launch.Launch(operands, rule, backward=True)
   H, V = padded_width(k.shape[-1]), padded_width(v.shape[-1])
   dq, dk, dv = call.run(
       _backward_kernel,
@@ -142,10 +136,10 @@ def _most_keys(k, v):
 def _scores(spec, keys, queries):
   """Scores [keys, queries] times log2(e), and their slope under the softcap."""
   s = dot(keys, queries, NT)
-  if not spec.softcap:
-    return s * (spec.scale * _LOG2E), None
-  bounded = jnp.tanh(s * (spec.scale / spec.softcap))
-  return bounded * (spec.softcap * _LOG2E), 1 - bounded * bounded
+  if not spec.rule.softcap:
+    return s * (spec.rule.scale * _LOG2E), None
+  bounded = jnp.tanh(s * (spec.rule.scale / spec.rule.softcap))
+  return bounded * (spec.rule.softcap * _LOG2E), 1 - bounded * bounded
 
 
 def _known_top(spec):
@@ -154,14 +148,14 @@ def _known_top(spec):
   Under a softcap of up to 50, every exponential against this one is between
   2^-116 and 2^30, and so are float32's sums of more keys than there can be.
   """
-  bound = spec.softcap * _LOG2E
+  bound = spec.rule.softcap * _LOG2E
   return bound - 30 if 0 < bound <= 73 else None
 
 
 def _tiles(spec, kind):
   """Yields the tiles of a block: (queries, keys, masked), with slices."""
   blocks = spec.blocks
-  plain = not spec.window and not spec.ids and not spec.S % blocks.k
+  plain = not spec.rule.window and not spec.ids and not spec.S % blocks.k
   for r in range(0, blocks.q, blocks.tile_q):
     end = r + blocks.tile_q
     for c in range(0, end if kind == TRIANGLE else blocks.k, blocks.tile_k):
@@ -194,10 +188,10 @@ def _seen(spec, queries, keys, i, j, ids):
     limit += queries.start
   ahead = key - query
   seen = []
-  if spec.causal:
+  if spec.rule.causal:
     seen.append(ahead <= limit)
-  if spec.window:
-    seen.append(ahead > limit - spec.window)
+  if spec.rule.window:
+    seen.append(ahead > limit - spec.rule.window)
   if spec.S % spec.blocks.k:
     seen.append(key < spec.S - j - keys.start)
   if spec.ids:
@@ -316,12 +310,12 @@ def _backward_kernel(words, q_offset, q, k, v, dout, rows, *refs, spec):
 
   @pl.when(last)
   def _():
-    dq[...] = (dq_acc[...] * spec.scale).T.astype(dq.dtype)
+    dq[...] = (dq_acc[...] * spec.rule.scale).T.astype(dq.dtype)
 
   @pl.when((head == heads - 1) & (step == steps - 1))
   def _():
     def write(rows):
-      dk[rows] = (dk_acc[rows] * spec.scale).astype(dk.dtype)
+      dk[rows] = (dk_acc[rows] * spec.rule.scale).astype(dk.dtype)
       dv[rows] = dv_acc[rows].astype(dv.dtype)
     each_block(write)
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from attention.kernels import dispatch
 from attention.kernels.tpu_tiles import round_up
 
 # What the mask leaves of a block of [queries, keys]: nothing, a part of no
@@ -80,17 +80,9 @@ _TABLE = (
 _SHORTEST = 256
 
 
-def generation():
-  """Returns 'v4', 'v5e', 'v5p', 'v6e', '7x', or '' where there is no TPU."""
-  try:
-    return str(pltpu.get_tpu_info().chip_version)
-  except ValueError:
-    return ''
-
-
 def vmem_bytes():
   """Returns the bytes of VMEM of a core: the least of all where unknown."""
-  return _VMEM.get(generation(), min(_VMEM.values()))
+  return _VMEM.get(dispatch.target().chip, min(_VMEM.values()))
 
 
 def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
@@ -106,7 +98,7 @@ def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
     window: as for flash_attention.
     packed: whether there are segments.
   """
-  chip = generation()
+  chip = dispatch.target().chip
   blocks = next(
       blocks[backward] for chips, width, size, *blocks in _TABLE
       if widest >= width and itemsize >= size and (not chips or chip in chips))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attention.kernels.flash import tpu_blocks
+from attention.kernels.flash import Rule, tpu_blocks
 from attention.kernels.tpu_tiles import pad, padded_width, round_up
 
 
@@ -19,23 +19,21 @@ class Spec(NamedTuple):
   listed: int  # visits in a row of the list, 0 if one row serves the batch
   S: int
   folded: int  # T where a block holds all queries of a group, else 0
-  scale: float
-  causal: bool
-  window: int
-  softcap: float
   ids: bool
+  rule: Rule
 
 
 class Launch:
   """One kernel launch: layouts, block specs and grid."""
 
-  def __init__(self, q, k, v, q_ids, kv_ids, q_offset, *, backward, **options):
+  def __init__(self, operands, rule, *, backward):
+    q, _, v, q_ids, kv_ids, q_offset = operands
     self.B, self.T, self.N, H = q.shape
     S, self.K, V = v.shape[1:]
     sizes = functools.partial(
         tpu_blocks.block_sizes, S=S, widest=max(H, V),
         itemsize=q.dtype.itemsize, backward=backward,
-        window=options['window'], packed=q_ids is not None)
+        window=rule.window, packed=q_ids is not None)
     # A few queries (decoding): those of a whole group share one block, so
     # that K and V are read once and not G times.
     self.G = self.N // self.K
@@ -50,11 +48,11 @@ class Launch:
     self.n_keys = round_up(S, self.blocks.k)
     self.visits = tpu_blocks.visits(
         self.blocks, self.T, S, q_ids, kv_ids, q_offset,
-        causal=options['causal'], window=options['window'], folded=folded)
+        causal=rule.causal, window=rule.window, folded=folded)
     batches, listed = self.visits.words.shape
     self.spec = Spec(
         self.blocks, self.visits.kinds, listed if batches > 1 else 0, S,
-        folded=self.T if folded else 0, ids=q_ids is not None, **options)
+        self.T if folded else 0, q_ids is not None, rule)
     self.q_offset = jnp.asarray(q_offset, jnp.int32).reshape(1)
     self.ids = []
     if q_ids is not None:

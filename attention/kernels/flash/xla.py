@@ -11,7 +11,6 @@ backward pass: with these, no matmul reads its left side transposed, which
 takes XLA:CPU twice the time.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +30,17 @@ DECODE_QUERIES = 16
 DECODE_KEYS = 2048
 
 
-def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
-            softcap):
+def forward(operands, rule):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
+  q, k, v, q_ids, kv_ids, _ = operands
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   G = N // K
-  uncut = functools.partial(plain.forward, scale=scale, causal=causal,
-                            window=window, softcap=softcap)
   if T <= DECODE_QUERIES:
-    return _decode(uncut, q, k, v, q_ids, kv_ids, q_offset, causal, window)
+    return _decode(operands, rule)
   if G * T * S <= UNCUT_SCORES:
-    return uncut(q, k, v, q_ids, kv_ids, q_offset)
-  tiles = _Tiles(T, S, G, q_offset, causal, window, q_ids is not None)
+    return plain.forward(operands, rule)
+  tiles = _Tiles(operands, rule)
   accumulator = jnp.promote_types(q.dtype, jnp.float32)
 
   def one_head(operands):
@@ -55,7 +52,7 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
       def one_tile(masked, j, carry):
         acc, top, total = carry
         keys = _block(k, j, tiles.columns)
-        s = _scores(q, keys, scale, softcap)[0]
+        s = _scores(q, keys, rule)[0]
         if masked:
           seen = tiles.seen(i, j, q_ids, kv_ids)
           s = jnp.where(jnp.tile(seen, (G, 1)), s, -jnp.inf)
@@ -85,17 +82,15 @@ def forward(q, k, v, q_ids, kv_ids, q_offset, *, scale, causal, window,
   return tiles.join_queries(out, B), jnp.swapaxes(lse, 1, 2)
 
 
-def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
-             causal, window, softcap):
+def backward(operands, rule, saved, dout):
   """Returns the gradients of q, k and v; see the package."""
+  q, k, v, q_ids, kv_ids, _ = operands
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   G = N // K
   if T <= DECODE_QUERIES or G * T * S <= UNCUT_SCORES:
-    return plain.backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta,
-                          scale=scale, causal=causal, window=window,
-                          softcap=softcap)
-  tiles = _Tiles(T, S, G, q_offset, causal, window, q_ids is not None)
+    return plain.backward(operands, rule, saved, dout)
+  tiles = _Tiles(operands, rule)
   accumulator = jnp.promote_types(q.dtype, jnp.float32)
 
   def one_head(operands):
@@ -107,7 +102,7 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
 
       def one_tile(masked, i, carry):
         dq, dk, dv = carry
-        s, slope = _scores(keys, q[i], scale, softcap)
+        s, slope = _scores(keys, q[i], rule)
         p = jnp.exp(s - lse[i])
         if masked:
           seen = tiles.seen(i, j, None if q_ids is None else q_ids[i], kv_ids)
@@ -122,7 +117,7 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
       carry = (dq, jnp.zeros_like(keys, accumulator),
                jnp.zeros_like(values, accumulator))
       dq, dk, dv = tiles.loop(tiles.queries_of(j), one_tile, carry)
-      return dq, ((dk * scale).astype(q.dtype), dv.astype(q.dtype))
+      return dq, ((dk * rule.scale).astype(q.dtype), dv.astype(q.dtype))
 
     blocks, rows, _ = q.shape
     dq = jnp.zeros_like(q, accumulator, shape=(blocks, H, rows))
@@ -130,30 +125,32 @@ def backward(q, k, v, q_ids, kv_ids, q_offset, dout, lse, delta, *, scale,
     dq, (dk, dv) = jax.lax.scan(
         one_block, dq,
         (jnp.arange(tiles.n_columns), k.reshape(shape), v.reshape(shape)))
-    dq = jnp.swapaxes(dq * scale, 1, 2).astype(q.dtype)
+    dq = jnp.swapaxes(dq * rule.scale, 1, 2).astype(q.dtype)
     return dq, dk, dv
 
   operands = (tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v),
               *tiles.split_ids(q_ids, kv_ids, K), tiles.split_queries(dout),
               *(tiles.split_queries(jnp.swapaxes(x, 1, 2)[..., None])[..., 0]
-                for x in (lse, delta)))
+                for x in saved))
   dq, dk, dv = jax.lax.map(one_head, operands)
   return (tiles.join_queries(dq, B), tiles.join_keys(dk, B),
           tiles.join_keys(dv, B))
 
 
-def _decode(attend, q, k, v, q_ids, kv_ids, q_offset, causal, window):
+def _decode(operands, rule):
   """Few queries: merges the blocks of keys that they can see.
 
   Laying a whole cache out by heads, as the tiles want it, costs more than the
   attention.
   """
+  q, k, v, _, kv_ids, q_offset = operands
   T, S = q.shape[1], k.shape[1]
 
   def partial(start, size):
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-    ids = None if kv_ids is None else cut(kv_ids)
-    return attend(q, cut(k), cut(v), q_ids, ids, q_offset - start)
+    return plain.forward(operands._replace(
+        k=cut(k), v=cut(v), kv_ids=None if kv_ids is None else cut(kv_ids),
+        q_offset=q_offset - start), rule)
 
   def merge(j, carry):
     out, lse = carry
@@ -167,10 +164,10 @@ def _decode(attend, q, k, v, q_ids, kv_ids, q_offset, causal, window):
   out, lse = partial(count * DECODE_KEYS, S - count * DECODE_KEYS)
   if count:
     start, stop = 0, count
-    if causal:
+    if rule.causal:
       stop = jnp.clip(-(-(q_offset + T) // DECODE_KEYS), 0, count)
-    if window:
-      start = jnp.clip((q_offset - window + 1) // DECODE_KEYS, 0, stop)
+    if rule.window:
+      start = jnp.clip((q_offset - rule.window + 1) // DECODE_KEYS, 0, stop)
     out, lse = jax.lax.fori_loop(
         start, stop, merge, (out.astype(lse.dtype), lse))
   return out.astype(q.dtype), lse
@@ -179,12 +176,14 @@ def _decode(attend, q, k, v, q_ids, kv_ids, q_offset, causal, window):
 class _Tiles:
   """How queries and keys are cut, and which tiles are empty, full or mixed."""
 
-  def __init__(self, T, S, G, q_offset, causal, window, segmented):
-    self.T, self.S, self.G = T, S, G
-    self.q_offset, self.causal, self.window = q_offset, causal, window
-    self.segmented = segmented
-    self.n_rows, self.rows = _cut(T, max(ROWS // G, 1))
-    self.n_columns, self.columns = _cut(S, COLUMNS)
+  def __init__(self, operands, rule):
+    self.T, N = operands.q.shape[1:3]
+    self.S, K = operands.k.shape[1:3]
+    self.G = N // K
+    self.rule, self.q_offset = rule, operands.q_offset
+    self.segmented = operands.q_ids is not None
+    self.n_rows, self.rows = _cut(self.T, max(ROWS // self.G, 1))
+    self.n_columns, self.columns = _cut(self.S, COLUMNS)
 
   def row_blocks(self):
     return jnp.arange(self.n_rows)
@@ -195,11 +194,11 @@ class _Tiles:
     last = first + self.rows - 1
     start = full_start = 0
     end, full_end = self.S, self.S
-    if self.causal:
+    if self.rule.causal:
       end, full_end = jnp.clip(last + 1, 0, end), jnp.minimum(first + 1, end)
-    if self.window:
-      start = jnp.clip(first - self.window + 1, 0, end)
-      full_start = last - self.window + 1
+    if self.rule.window:
+      start = jnp.clip(first - self.rule.window + 1, 0, end)
+      full_start = last - self.rule.window + 1
     return self._bounds(start, full_start, full_end, end, self.columns,
                         self.n_columns)
 
@@ -209,11 +208,11 @@ class _Tiles:
     last = first + self.columns - 1
     start = full_start = 0
     end = full_end = self.n_rows * self.rows
-    if self.causal:
+    if self.rule.causal:
       start, full_start = jnp.clip(first, 0, end), last
-    if self.window:
-      end = jnp.clip(last + self.window, 0, end)
-      full_end = first + self.window
+    if self.rule.window:
+      end = jnp.clip(last + self.rule.window, 0, end)
+      full_end = first + self.rule.window
     # Padded keys must not reach dq; padded queries have zero cotangents.
     full_end = jnp.where((j + 1) * self.columns > self.S, 0, full_end)
     return self._bounds(start, full_start, full_end, end, self.rows,
@@ -245,7 +244,7 @@ class _Tiles:
     """The mask [rows, columns] of one tile."""
     row = i * self.rows + jnp.arange(self.rows) + self.q_offset
     column = j * self.columns + jnp.arange(self.columns)
-    seen = plain.visible(row, column, None, None, self.causal, self.window)
+    seen = plain.visible(row, column, None, None, self.rule)
     if self.n_columns * self.columns != self.S:
       seen &= column < self.S
     if q_ids is not None:
@@ -287,9 +286,9 @@ class _Tiles:
     return jnp.repeat(q_ids, K, axis=0), jnp.repeat(kv_ids, K, axis=0)
 
 
-def _scores(a, b, scale, softcap):
+def _scores(a, b, rule):
   """Scores of two blocks and d score / d (scale a b), 1 without a softcap."""
-  s = _dot(a, b, 1, 1) * scale
+  s, softcap = _dot(a, b, 1, 1) * rule.scale, rule.softcap
   if not softcap:
     return s, 1.0
   bounded = jnp.tanh(s / softcap)

@@ -30,11 +30,11 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MOST_STATES = 64
 
 
-def check(operands, starts, *, dt_softplus):
+def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  del starts, dt_softplus
+  del rule
   dispatch.require_hopper()
-  for name, array in operands._asdict().items():
+  for name, array in operands._replace(starts=None)._asdict().items():
     if array is not None and array.dtype not in _DTYPES:
       raise NotImplementedError(
           f'gpu takes float32, bfloat16 and float16, not {array.dtype}, '
@@ -46,15 +46,15 @@ def check(operands, starts, *, dt_softplus):
         f'not {M}')
 
 
-def forward(operands, starts, *, dt_softplus):
+def forward(operands, rule):
   """See `attention.kernels.scan`."""
-  plan, inputs = lanes.prepare(operands, starts, dt_softplus=dt_softplus)
+  plan, inputs = lanes.prepare(operands, rule)
   E, M = operands.A.shape
   h0 = operands.h0.astype(jnp.float32)[:, None]
   if plan.pieces > 1:
     ends, decay = gpu_ends.states(plan, inputs, operands.A)
     h0 = pieces.entering(
-        h0[:, 0], ends, decay, gpu_ends.cut(plan, starts))
+        h0[:, 0], ends, decay, gpu_ends.cut(plan, operands.starts))
   h0 = lanes.split_states(plan, h0)
   B, T, E8 = inputs.series[0].shape
   x = inputs.series[0]
@@ -74,7 +74,7 @@ def forward(operands, starts, *, dt_softplus):
           once=plgpu.Barrier(num_arrivals=2),
           entered=plgpu.Barrier(num_arrivals=1)),
       name='forward')
-  return y[..., :E], lanes.join_states(hT, E, M), states
+  return (y[..., :E], lanes.join_states(hT, E, M)), states
 
 
 def _kernel(plan, *refs, **scratch):
@@ -150,16 +150,18 @@ def _step(plan, h, decay, d, u, common):
   return new, total
 
 
-def backward(operands, starts, states, dy, dhT, *, dt_softplus):
+def backward(operands, rule, states, cotangents):
   """See `attention.kernels.scan`."""
-  plan, inputs = lanes.prepare(operands, starts, dt_softplus=dt_softplus)
+  dy, dhT = cotangents
+  plan, inputs = lanes.prepare(operands, rule)
   T, (E, M) = plan.T, operands.A.shape
   dy = lanes.pad_channels(dy)
   dhT = dhT.astype(jnp.float32)[:, None]
   if plan.pieces > 1:
     ends, decay = gpu_ends.adjoints(plan, inputs, operands.A, dy)
     dhT = pieces.entering(
-        dhT[:, 0], ends, decay, gpu_ends.cut(plan, starts), reverse=True)
+        dhT[:, 0], ends, decay, gpu_ends.cut(plan, operands.starts),
+        reverse=True)
   *series, dA, drows, dh0, dcommon = gpu_backward.gradients(
       plan, inputs, states, dy, lanes.split_states(plan, dhT))
   dx, ddt, *dz = (array[..., :E] for array in series)
@@ -171,4 +173,4 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   return scan.Operands(
       dx, ddt, lanes.join_states(dA.sum((0, 1)), E, M), dB, dC, dD,
       dz[0] if dz else None, None if operands.dt_bias is None else dbias,
-      lanes.join_states(dh0, E, M))
+      lanes.join_states(dh0, E, M), None)

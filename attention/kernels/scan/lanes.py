@@ -53,14 +53,14 @@ class Operands(NamedTuple):
   A: jax.Array  # float32 [S, E, W], times log2 e
 
 
-def prepare(operands, starts, *, dt_softplus):
+def prepare(operands, rule):
   """Returns Plan and Operands of the arguments of an implementation."""
-  x, dt, A, B, C, D, z, dt_bias, _ = operands
+  x, dt, A, B, C, D, z, dt_bias, _, starts = operands
   batch, T, E = x.shape
   M = padded_states(A.shape[1])
   S = max(1, M // 16)
   chunks = pl.cdiv(T, CHUNK)
-  plan = Plan(dt_softplus, z is not None, starts is not None, T, S, M // S,
+  plan = Plan(rule.dt_softplus, z is not None, starts is not None, T, S, M // S,
               chunks, pieces.number(batch * pl.cdiv(E, LANES), chunks))
   f32 = lambda array: array.astype(jnp.float32)
   common = [_pad(f32(array), M - A.shape[1]) for array in (B, C)]

@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from attention.kernels import arguments
-
 
 def selective_scan(x, dt, A, B, C, D, *, z=None, dt_bias=None,
-                   dt_softplus=True, h0=None, segment_ids=None,
-                   segment_id0=None):
+                   dt_softplus=True, h0=None, starts=None):
   """`attention.kernels.scan.selective_scan`, argument for argument."""
   dtype = x.dtype
   x, dt, A, B, C, D = (
@@ -17,7 +14,6 @@ def selective_scan(x, dt, A, B, C, D, *, z=None, dt_bias=None,
     dt = dt + dt_bias.astype(jnp.float32)
   delta = jax.nn.softplus(dt) if dt_softplus else dt
   h = jnp.zeros((x.shape[0], *A.shape)) if h0 is None else h0
-  starts = arguments.segment_starts(segment_ids, segment_id0)
   if starts is None:
     starts = jnp.zeros(x.shape[:2], bool)
 

@@ -51,9 +51,9 @@ _STATES = 8192
 _MOST_STATES = 1 << 19
 
 
-def check(operands, starts, *, dt_softplus):
+def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  del starts, dt_softplus
+  del rule
   for name in ('x', 'dt', 'z'):
     array = getattr(operands, name)
     if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
@@ -70,9 +70,9 @@ def check(operands, starts, *, dt_softplus):
         'in VMEM: shard the channels')
 
 
-def forward(operands, starts, *, dt_softplus):
+def forward(operands, rule):
   """See `attention.kernels.scan`."""
-  call = _Launch(operands, starts, dt_softplus)
+  call = _Launch(operands, rule)
   y, hT, states = call.run(
       tpu_kernels.forward,
       {'y': call.series(operands.x.dtype), 'hT': call.end(),
@@ -81,12 +81,13 @@ def forward(operands, starts, *, dt_softplus):
        'u': call.tiles, 's': call.tiles, 'part': call.parts},
       name='scan_forward', operations=6)
   E, M = operands.A.shape
-  return y, hT[:, :M, :E].swapaxes(1, 2), states
+  return (y, hT[:, :M, :E].swapaxes(1, 2)), states
 
 
-def backward(operands, starts, states, dy, dhT, *, dt_softplus):
+def backward(operands, rule, states, cotangents):
   """See `attention.kernels.scan`."""
-  call = _Launch(operands, starts, dt_softplus, reverse=True)
+  dy, dhT = cotangents
+  call = _Launch(operands, rule, reverse=True)
   spec = call.spec
   call.inputs |= {
       'dy': (dy, call.series(dy.dtype)[1]), 'dhT': call.start(dhT),
@@ -118,7 +119,7 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   return scan.Operands(
       results['dx'], results['ddt'], results['dA'].sum(0)[:M, :E].T, dB, dC,
       dD, results.get('dz'), None if operands.dt_bias is None else ddt_bias,
-      results['dh0'][:, :M, :E].swapaxes(1, 2))
+      results['dh0'][:, :M, :E].swapaxes(1, 2), None)
 
 
 class _Launch:
@@ -129,8 +130,8 @@ class _Launch:
   B and C; their states stay in VMEM.
   """
 
-  def __init__(self, operands, starts, dt_softplus, *, reverse=False):
-    x, dt, A, B, C, D, z, dt_bias, h0 = operands
+  def __init__(self, operands, rule, *, reverse=False):
+    x, dt, A, B, C, D, z, dt_bias, h0, starts = operands
     self.B, T, E = x.shape
     M = round_up(A.shape[1], SUBLANES)
     if LANES % M:
@@ -141,7 +142,7 @@ class _Launch:
     chunk = min(LANES if M < 64 and rows == 1 else LANES // 2,
                 round_up(T, _PIECE))
     self.spec = tpu_chunk.Spec(
-        rows, chunk, _PIECE, lanes, T, E, M, dt_softplus)
+        rows, chunk, _PIECE, lanes, T, E, M, rule.dt_softplus)
     self.reverse = reverse
     blocks, chunks = pl.cdiv(E, lanes), pl.cdiv(T, chunk)
     # Two parts where two cores would not find two rows.

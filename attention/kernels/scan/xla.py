@@ -21,15 +21,15 @@ from attention.kernels.loops import at, put
 CHUNK = 32
 
 
-def check(operands, starts, *, dt_softplus):
+def check(operands, rule):
   """Everything is supported."""
-  del operands, starts, dt_softplus
+  del operands, rule
 
 
-def forward(operands, starts, *, dt_softplus):
+def forward(operands, rule):
   """See `attention.kernels.scan`."""
-  x, dt, A, B, C, D, z, dt_bias, h0 = operands
-  delta = _step_sizes(dt, dt_bias, dt_softplus)
+  x, dt, A, B, C, D, z, dt_bias, h0, starts = operands
+  delta = _step_sizes(dt, dt_bias, rule.dt_softplus)
   A, h = A.astype(jnp.float32).T, h0.astype(jnp.float32).swapaxes(1, 2)
 
   def step(h, inputs):
@@ -46,14 +46,17 @@ def forward(operands, starts, *, dt_softplus):
       lambda a: a.reshape(*_layout(x.shape[1]), *a.shape[1:]), inputs)
   h, (s, states) = jax.lax.scan(chunk, h, inputs)
   s = _batch_first(s.reshape(-1, *s.shape[2:]), x.shape[1])
-  return _output(s, x, D, z).astype(x.dtype), h.swapaxes(1, 2), states
+  y = _output(s, x, D, z).astype(x.dtype)
+  return (y, h.swapaxes(1, 2)), states
 
 
-def backward(operands, starts, states, dy, dhT, *, dt_softplus):
+def backward(operands, rule, states, cotangents):
   """See `attention.kernels.scan`."""
-  x, dt, A, B, C, D, z, dt_bias, h0 = operands
+  dy, dhT = cotangents
+  x, dt, A, B, C, D, z, dt_bias, h0, starts = operands
   delta, pull_delta = jax.vjp(
-      lambda dt, dt_bias: _step_sizes(dt, dt_bias, dt_softplus), dt, dt_bias)
+      lambda dt, dt_bias: _step_sizes(dt, dt_bias, rule.dt_softplus),
+      dt, dt_bias)
   dy = dy.astype(jnp.float32)
   ds = dy if z is None else dy * jax.nn.silu(z.astype(jnp.float32))
   A = A.astype(jnp.float32).T
@@ -117,7 +120,7 @@ def backward(operands, starts, states, dy, dhT, *, dt_softplus):
   ddt, ddt_bias = pull_delta(ddelta)
   return scan.Operands(
       dx + dx_skip, ddt, dA.sum(0).T, dB, dC, dD, dz, ddt_bias,
-      dh.swapaxes(1, 2))
+      dh.swapaxes(1, 2), None)
 
 
 def _einsum(equation, *operands):
