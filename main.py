@@ -25,14 +25,11 @@ def parse(argv):
 
 def main(config):
   # Imported after the flags, so that a typing error is told at once.
-  from model.layers import pick
   from train_lib import distributed, inference, trainer
   try:
     distributed.join(config.distributed)
-    run = pick('mode', config.mode, {
-        'train': trainer.train, 'eval': inference.evaluate_run,
-        'sample': inference.sample_run})
-    run(config)
+    {'train': trainer.train, 'eval': inference.evaluate_run,
+     'sample': inference.sample_run}[config.mode](config)
   except (ValueError, NotImplementedError, ImportError) as error:
     sys.exit(f'error: {error}')
 

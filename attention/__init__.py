@@ -7,7 +7,11 @@ Letters, used in every einsum and every shape of this project:
   S key/value steps  G = N / K             R latent rank
   D model width      H query/key width     W convolution width
   F mlp width        V value head width    C chunk
-  L layers
+  L layers           Q latent queries      U token ids (vocabulary)
+  P columns of one product that are split by use
+
+They are the logical axes too: model.sharding lays arrays out on the mesh by
+them.
 
 A variant `attention/<name>.py` defines
 
@@ -18,10 +22,11 @@ A variant `attention/<name>.py` defines
                 init_state(self, batch, length)     a pytree
                 flops(self, length)                 forward, per token
 
-`ctx` is a model.layers.Context. With a state the call continues from it for
-T >= 1 tokens, so prefill and decode are the same call. `length` is the number
-of tokens that a state must be able to hold. A token never sees a later one,
-nor a token of another segment.
+`ctx` is a model.sharding.Context. With a state the call continues from it for
+T >= 1 tokens, so prefill and decode are the same call; without one the state
+that it returns is not read. `length` is the number of tokens that a state must
+be able to hold. A token never sees a later one, nor a token of another
+document.
 
 Adding a variant is adding a file: its name is its flag value, and its
 Options become command-line flags.
@@ -29,10 +34,16 @@ Options become command-line flags.
 
 import collections
 import dataclasses
-import difflib
 import functools
 import importlib
 import pkgutil
+
+from attention.common import specs
+from attention.common.options import nearest
+from attention.common.specs import period, shortest
+
+__all__ = ['build', 'check', 'flags', 'get', 'layers', 'names', 'period',
+           'shortest']
 
 
 @functools.cache
@@ -45,11 +56,8 @@ def names():
 def get(name):
   """The module of a variant; ValueError for an unknown name."""
   if name not in names():
-    near = difflib.get_close_matches(name, names(), 1)
-    raise ValueError(
-        f'unknown attention variant {name!r}'
-        + (f', did you mean {near[0]!r}?' if near else '')
-        + f' known: {", ".join(names())}')
+    raise ValueError(f'unknown attention variant {name!r}'
+                     f'{nearest(name, names())} known: {", ".join(names())}')
   return importlib.import_module(f'{__name__}.{name}')
 
 
@@ -58,40 +66,54 @@ def flags(name):
   return {f.name: f for f in dataclasses.fields(get(name).Options)}
 
 
-def layer_kinds(config):
-  """The variant of every layer: attention_list tiled over n_layer."""
-  period = tuple(config.attention_list or (config.attention_variant,))
-  if len(period) > config.n_layer:
+def layers(config):
+  """The LayerSpec of every layer: attention_list tiled over n_layer."""
+  entries = config.attention_list or (config.attention_variant,)
+  listed = [spec for entry in entries for spec in specs.parse(entry, get)]
+  if len(listed) > config.n_layer:
     raise ValueError(
-        f'attention_list has {len(period)} entries for n_layer '
+        f'attention_list has {len(listed)} layers for n_layer '
         f'({config.n_layer}): shorten the list or add layers')
-  return tuple(period[i % len(period)] for i in range(config.n_layer))
+  return tuple(listed[i % len(listed)] for i in range(config.n_layer))
 
 
-def build(name, config, *, rngs):
-  """The mixer of one layer."""
-  module = get(name)
-  options = module.Options(**{flag: config[flag] for flag in flags(name)})
-  return module.Attention(config, options, rngs=rngs)
+def build(layer, config, *, rngs):
+  """The mixer of a layer: a LayerSpec, or the text of one."""
+  if isinstance(layer, str):
+    layer, = specs.parse(layer, get)
+  module, config = get(layer.variant), layer.config(config)
+  return module.Attention(config, layer.options(module, config), rngs=rngs)
 
 
 def check(config):
-  """Raises if a flag was set that no layer of the model honours."""
-  used = sorted(set(layer_kinds(config)))
-  users = collections.defaultdict(list)  # {flag: its fields in use}
-  for name in used:
-    for flag, field in flags(name).items():
-      users[flag].append(field)
-  for flag in {flag: None for name in names() for flag in flags(name)}:
-    able = [name for name in names() if flag in flags(name)]
-    if config[flag] == flags(able[0])[flag].default:
+  """Raises ValueError for layers that cannot be, and flags without effect."""
+  used = dict.fromkeys(layers(config))
+  effects = collections.defaultdict(list)  # {flag: whether it works, a layer}
+  for layer in used:
+    own = dict(layer.flags)
+    options = layer.options(get(layer.variant), config)
+    for flag, field in flags(layer.variant).items():
+      needs = field.metadata['needs']
+      works = not needs or any(getattr(options, other) for other in needs)
+      if not works and own.get(flag, field.default) != field.default:
+        raise ValueError(f'attention_list: {layer}: '
+                         + _no_effect(flag, own[flag], needs))
+      effects[flag].append(works)
+  every = {flag: field for name in names() for flag, field in flags(
+      name).items()}
+  for flag, field in every.items():
+    if config[flag] == field.default or any(effects[flag]):
       continue
-    if not users[flag]:
+    if effects[flag]:
       raise ValueError(
-          f'{flag}={config[flag]} has no effect: no layer honours it '
-          f'(variants in use: {", ".join(used)}); drop the flag or use '
-          f'one of {", ".join(able)}')
-    needs = [field.metadata['needs'] for field in users[flag]]
-    if all(needs) and not any(config[other] for other in needs):
-      raise ValueError(f'{flag}={config[flag]} has no effect without '
-                       f'{needs[0]}: set both or neither')
+          _no_effect(flag, config[flag], field.metadata['needs']))
+    able = [name for name in names() if flag in flags(name)]
+    raise ValueError(
+        f'{flag}={config[flag]} has no effect: no layer honours it (variants '
+        f'in use: {", ".join(sorted({x.variant for x in used}))}); drop the '
+        f'flag or use one of {", ".join(able)}')
+
+
+def _no_effect(flag, value, needs):
+  return (f'{flag}={value} has no effect without {" or ".join(needs)}: set '
+          'both or neither')

@@ -25,7 +25,7 @@ class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    H, K = heads.head_width(config), heads.kv_heads(config, options)
+    H, K = heads.head_width(config), options.kv_heads(config.n_head)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, H), rngs=rngs)
     self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=H)

@@ -29,21 +29,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention.common import heads, softmax, triadic
+from attention.common import heads, ops, softmax, triadic
 from attention.common import options as flags
 from attention.common.options import option
-from model.layers import Einsum, param
+from model.layers import param
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Softcap, flags.Lobo, flags.Flash):
-  n_latent: int = option(4, 'latent queries')
+  n_latent: int = option(4, 'latent queries', at_least=1)
   triadic_loops: int = option(
-      1, 'passes in which queries, keys and values modulate each other')
-  mod_fn: str = option('cooperation', 'modulation: ' + ', '.join(triadic.MODS))
+      1, 'passes in which queries, keys and values modulate each other',
+      at_least=0)
+  mod_fn: str = option(
+      'cooperation', 'how a context modulates', choices=tuple(triadic.MODS))
   co4_mode: str = option(
-      'streaming', 'streaming (linear time), exact (quadratic); '
-      'bidirectional is for encoders alone')
+      'streaming', 'streaming: linear time; exact: quadratic; bidirectional: '
+      'for encoders alone', choices=('streaming', 'exact', 'bidirectional'))
 
 
 class Attention(nnx.Module):
@@ -57,16 +59,13 @@ class Attention(nnx.Module):
     self.options, self.dtype = options, config.compute_dtype
     self.shape = options.n_latent, N, H
     self.settings = triadic.Settings(
-        options.mod_fn, options.triadic_loops, softmax.softcap_of(options),
+        options.mod_fn, options.triadic_loops, options.softcap,
         options.implementation)
     self.latent = param(
-        D ** -0.5 * jax.random.normal(rngs.params(), self.shape),
-        None, 'heads', None)
-    dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
-    self.key = Einsum('BTD,DNH->BTNH', (D, N, H),
-                      axes=('embed', 'heads', None), **dense)
-    self.value = Einsum('BTD,DNV->BTNV', (D, N, H),
-                        axes=('embed', 'heads', None), **dense)
+        D ** -0.5 * jax.random.normal(rngs.params(), self.shape), 'QNH')
+    self.key, self.value = (
+        heads.project(equation, config, heads=N, width=H, rngs=rngs)
+        for equation in ('BTD,DNH->BTNH', 'BTD,DNV->BTNV'))
     self.log_sink = softmax.sink_param(config, options)
     self.out = heads.out(config, heads=N, width=H, rngs=rngs)
 
@@ -79,32 +78,30 @@ class Attention(nnx.Module):
       y, cache = self._attend(*qkv, ctx, cache)
     else:
       y, stream = self._run(triadic.streaming, ctx, inputs,
-                            outputs=(triadic.TOKENS, triadic.STREAM))
-    state = None if state is None else (stream, cache)
-    return self.out(y.astype(x.dtype)), state
+                            outputs=('BTNV', triadic.STREAM))
+    return self.out(y.astype(x.dtype)), (stream, cache)
 
   def _run(self, fn, ctx, inputs, *, outputs):
     """A function of `triadic` on the mesh: batch by batch, head by head."""
-    heads.head_shards(ctx, self.shape[1])
-    axes = (*triadic.INPUTS, *triadic.STREAM)[:2 + len(inputs)]
+    letters = (*triadic.INPUTS, *triadic.STREAM)[:2 + len(inputs)]
     return ctx.sharded(
-        functools.partial(fn, self.settings), inputs=axes, outputs=outputs,
+        functools.partial(fn, self.settings), inputs=letters, outputs=outputs,
     )(self.latent[...], self._sink(), *inputs)
 
   def _attend(self, q, k, v, ctx, cache):
     """The latent queries of a head attend as a group of query heads."""
     (k, v), segment_ids, q_offset, cache = softmax.recall(
         (k, v), ctx, cache, window=0)
-    B, T, N, L, H = q.shape
+    B, T, N, Q, H = q.shape
     sink = self._sink()
     if sink is not None:
-      sink = jnp.repeat(sink, L)
-    y = softmax.attend(
-        q.reshape(B, T, N * L, H), k, v, ctx, segment_ids=segment_ids,
+      sink = jnp.repeat(sink, Q)
+    y = ops.flash_attention(
+        q.reshape(B, T, N * Q, H), k, v, ctx, segment_ids=segment_ids,
         q_offset=q_offset, sink=sink, scale=H ** -0.5,
         softcap=self.settings.softcap,
         implementation=self.settings.implementation)
-    return y.reshape(B, T, N, L, H).mean(3), cache
+    return y.reshape(B, T, N, Q, H).mean(3), cache
 
   def _sink(self):
     return softmax.sink_values(self.log_sink, self.options, self.shape[1])
@@ -139,5 +136,5 @@ class Encoder(Attention):
       raise ValueError('co4_mode=bidirectional has no state: give all at once')
     y = self._run(triadic.bidirectional, ctx,
                   (self.key(x), self.value(x), ctx.starts),
-                  outputs=triadic.TOKENS)
+                  outputs='BTNV')
     return self.out(y.astype(x.dtype)), None

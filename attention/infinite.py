@@ -24,29 +24,35 @@ from attention.common.softmax import Softmax
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
               flags.Window, flags.Lobo, flags.Flash):
   n_qk_head_dim: int | None = option(
-      None, 'width of queries and keys; none: n_embd / n_head')
+      None, 'width of queries and keys; none: n_embd / n_head', at_least=1)
   n_v_head_dim: int | None = option(
-      None, 'width of values; none: n_embd / n_head')
+      None, 'width of values; none: n_embd / n_head', at_least=1)
   n_cproj: int | None = option(
       None, 'groups of heads, each summed and then projected by its own '
-      'matrix, a divisor of n_head; none: 1')
+      'matrix, a divisor of n_head; none: 1', at_least=1)
   use_concat_heads: bool = option(
       False, 'concatenate the heads instead of summing them')
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.use_concat_heads and self.n_cproj is not None:
+      raise ValueError(f'n_cproj ({self.n_cproj}) sums heads, '
+                       'use_concat_heads does not: drop one of them')
+
+  def groups(self, n_head):
+    """The groups of heads that are summed."""
+    if self.use_concat_heads:
+      return n_head
+    return flags.divisor('n_cproj', self.n_cproj or 1, n_head)
 
 
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    N, K = config.n_head, heads.kv_heads(config, options)
-    H, V = (_width(flag, width, config) for flag, width in (
-        ('n_qk_head_dim', options.n_qk_head_dim),
-        ('n_v_head_dim', options.n_v_head_dim)))
-    if options.use_concat_heads and options.n_cproj is not None:
-      raise ValueError(f'n_cproj ({options.n_cproj}) sums heads, '
-                       'use_concat_heads does not: drop one of them')
-    groups = 1 if options.n_cproj is None else options.n_cproj
-    heads.check_groups('n_cproj', groups, N)
-    self.groups = N if options.use_concat_heads else groups
+    N, K = config.n_head, options.kv_heads(config.n_head)
+    H, V = (getattr(options, flag) or heads.head_width(config, instead=flag)
+            for flag in ('n_qk_head_dim', 'n_v_head_dim'))
+    self.groups = options.groups(N)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, V), rngs=rngs)
     self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=V)
@@ -66,15 +72,3 @@ class Attention(nnx.Module):
   def flops(self, length):
     dense = (self.query, self.key, self.value, self.out)
     return sum(e.flops for e in dense) + self.softmax.flops(length)
-
-
-def _width(flag, width, config):
-  """A head width, or by default what concatenated heads have."""
-  if width is None:
-    if config.n_embd % config.n_head:
-      raise ValueError(f'n_head ({config.n_head}) does not divide n_embd '
-                       f'({config.n_embd}): set {flag}')
-    return heads.head_width(config)
-  if width < 1:
-    raise ValueError(f'{flag} ({width}) must be at least 1')
-  return width

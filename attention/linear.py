@@ -16,14 +16,13 @@ have either sign and would not add up to one.
 """
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from flax import nnx
 
 from attention.common import heads
 from attention.common import options as flags
-from attention.kernels.chunked import chunked_linear_attention
+from attention.common.ops import linear_attention
 from model.layers import param, rms_normalize, rotary
 
 EPS = 1e-6
@@ -43,19 +42,19 @@ def feature_map(x):
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
-    H, K = heads.head_width(config), heads.kv_heads(config, options)
+    H, K = heads.head_width(config), options.kv_heads(config.n_head)
     self.options = options
     self.shape = (K, H, H)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, H), rngs=rngs)
-    self.g = param(H ** -0.5, decay=False)
+    self.g = param(H ** -0.5, '', decay=False)
     self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     q, k = self._features(self.query(x), ctx), self._features(self.key(x), ctx)
-    y, S, z = self._attend(q, k, self.value(x), ctx, state)
-    if state is not None:
-      state = {'S': S, 'z': z}
+    y, state = linear_attention(
+        q, k, self.value(x), ctx, state=state, normalize=EPS,
+        implementation=self.options.attention_kernel)
     return self.out(y), state
 
   def _features(self, x, ctx):
@@ -67,39 +66,10 @@ class Attention(nnx.Module):
       x = rms_normalize(x)
     return feature_map(self.g[...] * x.astype(jnp.float32)).astype(x.dtype)
 
-  def _attend(self, q, k, v, ctx, state):
-    """The op on the mesh, batch over data and fsdp, heads over tensor.
-
-    Where the shards do not divide the K heads, heads are repeated until they
-    do: every shard then holds those that its queries need.
-    """
-    K, shards = k.shape[2], heads.head_shards(ctx, q.shape[2])
-    S, z = (None, None) if state is None else (state['S'], state['z'])
-    copies = math.lcm(K, shards) // K
-    if copies > 1:
-      repeat = lambda x, axis: x if x is None else jnp.repeat(x, copies, axis)
-      k, v, S, z = repeat(k, 2), repeat(v, 2), repeat(S, 1), repeat(z, 1)
-
-    def local(q, k, v, S, z, starts):
-      y, (S, z) = chunked_linear_attention(
-          q, k, v, s0=None if S is None else (S, z), starts=starts,
-          normalize=EPS,
-          implementation=self.options.attention_kernel)
-      return y, S, z
-
-    series = ('batch', None, 'heads', None)
-    sums = (('batch', 'heads', None, None), ('batch', 'heads', None))
-    y, S, z = ctx.sharded(
-        local, inputs=(series,) * 3 + sums + (('batch', None),),
-        outputs=(series, *sums))(q, k, v, S, z, ctx.starts)
-    return y, S[:, ::copies], z[:, ::copies]
-
   def init_state(self, batch, length):
     del length  # Any number of tokens fits.
-    return {
-        'S': jnp.zeros((batch, *self.shape)),
-        'z': jnp.zeros((batch, *self.shape[:-1])),
-    }
+    K, H, V = self.shape
+    return jnp.zeros((batch, K, H, V)), jnp.zeros((batch, K, H))
 
   def flops(self, length):
     del length  # Every token costs the same.

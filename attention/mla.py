@@ -22,15 +22,9 @@ from flax import nnx
 
 from attention.common import heads
 from attention.common import options as flags
+from attention.common.ops import flash_attention
 from attention.common.options import option
-from attention.common.softmax import (
-    attend,
-    init_cache,
-    recall,
-    softcap_of,
-    visible,
-    window_of,
-)
+from attention.common.softmax import init_cache, recall, visible
 from model.layers import Einsum, RMSNorm, param, rotary
 
 
@@ -38,48 +32,45 @@ from model.layers import Einsum, RMSNorm, param, rotary
 class Options(flags.RopeBase, flags.Softcap, flags.Window, flags.Flash):
   mla_latent_dim: int | None = option(
       None, 'width of the latent that keys and values are compressed to; '
-      'none: n_embd / 4')
+      'none: n_embd / 4', at_least=1)
   mla_rotary_dim: int = option(
       32, 'width of the rotary part of queries and keys, even; 0: no such '
-      'part')
+      'part', at_least=0)
   use_mla_lobo: bool = option(
       False, 'learned off-by-one softmax, one lambda per head')
-  mla_lobo_init: float = option(0.0, 'with use_mla_lobo: initial lambda')
+  mla_lobo_init: float = option(
+      0.0, 'with use_mla_lobo: initial lambda', needs=('use_mla_lobo',))
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.mla_rotary_dim % 2:
+      raise ValueError(f'mla_rotary_dim ({self.mla_rotary_dim}) must be even: '
+                       'its numbers are rotated in pairs')
 
 
 class Attention(nnx.Module):
 
   def __init__(self, config, options, *, rngs):
     D, N, H = config.n_embd, config.n_head, heads.head_width(config)
-    R, turned = options.mla_latent_dim, options.mla_rotary_dim
-    R = D // 4 if R is None else R
-    if R < 1:
-      raise ValueError(f'mla_latent_dim ({R}) must be at least 1')
-    if turned < 0 or turned % 2:
-      raise ValueError(f'mla_rotary_dim ({turned}) must be even: its '
-                       'numbers are rotated in pairs')
-    if options.mla_lobo_init and not options.use_mla_lobo:
-      raise ValueError(f'mla_lobo_init ({options.mla_lobo_init}) has no effect '
-                       'without use_mla_lobo')
+    R = options.mla_latent_dim or max(D // 4, 1)
+    turned = options.mla_rotary_dim
     self.options = options
     self.implementation = options.implementation
     self.dtype = config.compute_dtype
     self.n_head, self.head_width, self.rank = N, H, R
     self.scale = (H + turned) ** -0.5
-    self.softcap, self.window = softcap_of(options), window_of(options)
+    self.softcap, self.window = options.softcap, options.window
     dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
     # The content and the rotary part, of queries and of keys, side by side.
-    self.query = Einsum('BTD,DNH->BTNH', (D, N, H + turned),
-                        axes=('embed', 'heads', None), **dense)
-    self.down = Einsum('BTD,DR->BTR', (D, R + turned), axes=('embed', None),
-                       **dense)
+    self.query = Einsum('BTD,DNH->BTNH', (D, N, H + turned), **dense)
+    self.down = Einsum('BTD,DP->BTP', (D, R + turned), **dense)
     self.norm = RMSNorm(R)
     # Without biases, for which the absorbed form has no place.
-    up = dict(axes=(None, 'heads', None), std=config.init_std, rngs=rngs)
+    up = dict(std=config.init_std, rngs=rngs)
     self.key = Einsum('BTR,RNH->BTNH', (R, N, H), **up)
     self.value = Einsum('BTR,RNV->BTNV', (R, N, H), **up)
     self.log_sink = param(
-        jnp.full(N, options.mla_lobo_init), 'heads', decay=False
+        jnp.full(N, options.mla_lobo_init), 'N', decay=False
     ) if options.use_mla_lobo else None
     self.out = heads.out(config, heads=N, width=H, rngs=rngs)
 
@@ -100,7 +91,7 @@ class Attention(nnx.Module):
       k, v = self.key(c), self.value(c)
       shared = jnp.broadcast_to(k_rotary[:, :, None], q_rotary.shape)
       k = jnp.concatenate([k, shared], -1)
-    y = attend(
+    y = flash_attention(
         jnp.concatenate([q, q_rotary], -1), k, v, ctx,
         segment_ids=segment_ids, q_offset=q_offset,
         sink=None if self.log_sink is None else self.log_sink[...],

@@ -21,31 +21,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention.common import options as flags
+from attention.common.ops import causal_conv1d, selective_scan
 from attention.common.options import option
-from attention.kernels.conv import causal_conv1d
-from attention.kernels.scan import selective_scan
-from model.layers import Einsum, RMSNorm, mesh_size, param
+from model.layers import Einsum, RMSNorm, param
 
 DT_RANGE = (1e-3, 1e-1)  # Of the initial step sizes; Mamba's section 3.6.
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Kernel):
-  ssm_mamba_expand: int = option(2, 'inner width, in units of n_embd')
+  ssm_mamba_expand: int = option(
+      2, 'inner width, in units of n_embd', at_least=1)
   ssm_conv_kernel_size: int = option(
-      3, 'tokens that the convolution sees, itself included')
-  ssm_dt_rank: int = option(8, 'rank of the projection to step sizes')
-  ssm_d_state: int = option(16, 'state of every inner channel')
+      3, 'tokens that the convolution sees, itself included', at_least=1)
+  ssm_dt_rank: int = option(
+      8, 'rank of the projection to step sizes', at_least=1)
+  ssm_d_state: int = option(16, 'state of every inner channel', at_least=1)
   ssm_io_bias: bool = option(
       False, 'biases in the projections into and out of the layer')
   ssm_inner_norm: bool = option(
       True, 'RMSNorm on dt, B, C and, before the gate, on y; off: plain Mamba')
-
-  def __post_init__(self):
-    for flag in ('ssm_mamba_expand', 'ssm_conv_kernel_size', 'ssm_dt_rank',
-                 'ssm_d_state'):
-      if getattr(self, flag) < 1:
-        raise ValueError(f'{flag} ({getattr(self, flag)}) must be at least 1')
 
 
 class Attention(nnx.Module):
@@ -59,28 +54,27 @@ class Attention(nnx.Module):
     uniform = lambda shape, bound: jax.random.uniform(
         rngs.params(), shape, minval=-bound, maxval=bound)
     dense = dict(std=config.init_std, rngs=rngs)
-    into = dict(axes=('embed', 'inner'), bias=options.ssm_io_bias, **dense)
+    into = dict(bias=options.ssm_io_bias, **dense)
     self.input = Einsum('BTD,DE->BTE', (D, E), **into)
     self.gate = Einsum('BTD,DE->BTE', (D, E), **into)
-    self.conv = param(uniform((W, E), W ** -0.5), None, 'inner')
-    self.conv_bias = param(uniform((E,), W ** -0.5), 'inner')
+    self.conv = param(uniform((W, E), W ** -0.5), 'WE')
+    self.conv_bias = param(uniform((E,), W ** -0.5), 'E')
     # dt, B and C are one product: P = R + 2 M.
-    self.select = Einsum('BTE,EP->BTP', (E, R + 2 * M),
-                         axes=('inner', None), **dense)
-    self.step = Einsum('BTR,RE->BTE', (R, E), axes=(None, 'inner'), **dense)
+    self.select = Einsum('BTE,EP->BTP', (E, R + 2 * M), **dense)
+    self.step = Einsum('BTR,RE->BTE', (R, E), **dense)
     self.step.weight[...] = uniform((R, E), R ** -0.5)
-    self.dt_bias = param(_dt_bias(rngs.params(), E), 'inner', decay=False)
+    self.dt_bias = param(_dt_bias(rngs.params(), E), 'E', decay=False)
     self.A_log = param(jnp.tile(jnp.log(jnp.arange(1, M + 1)), (E, 1)),
-                       'inner', None, decay=False)
-    self.D = param(jnp.ones(E), 'inner', decay=False)
+                       'EM', decay=False)
+    self.D = param(jnp.ones(E), 'E', decay=False)
     self.dt_norm, self.B_norm, self.C_norm, self.y_norm = (
         RMSNorm(n) if options.ssm_inner_norm else None for n in (R, M, M, E))
     dense['std'] /= (2 * config.n_layer) ** 0.5  # GPT-2: 2 L residual sums.
-    self.out = Einsum('BTE,ED->BTD', (E, D), axes=('inner', 'embed'),
-                      bias=options.ssm_io_bias, **dense)
+    self.out = Einsum(
+        'BTE,ED->BTD', (E, D), bias=options.ssm_io_bias, **dense)
 
   def __call__(self, x, ctx, state=None):
-    taps, h = (None, None) if state is None else (state['taps'], state['h'])
+    taps, h = (None, None) if state is None else state
     z = self.gate(x)
     x, taps = causal_conv1d(
         self.input(x), self.conv[...], self.conv_bias[...], state=taps,
@@ -91,42 +85,18 @@ class Attention(nnx.Module):
     normed = self.options.ssm_inner_norm
     if normed:
       dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-    y, h = self._scan(x, self.step(dt), B, C, ctx,
-                      z=None if normed else z, h=h)
+    y, h = selective_scan(
+        x, self.step(dt), -jnp.exp(self.A_log[...]), B, C, self.D[...], ctx,
+        z=None if normed else z, dt_bias=self.dt_bias[...], h0=h,
+        implementation=self.options.attention_kernel)
     if normed:
       y = self.y_norm(y) * jax.nn.silu(z)
-    if state is not None:
-      state = {'taps': taps, 'h': h}
-    return self.out(y), state
-
-  def _scan(self, x, dt, B, C, ctx, *, z, h):
-    """The op on the mesh: batch over data and fsdp, channels over tensor."""
-    E, shards = x.shape[-1], mesh_size(ctx.mesh, 'inner')
-    if E % shards:
-      raise ValueError(f'mesh_tensor ({shards}) must divide the inner width, '
-                       f'ssm_mamba_expand x n_embd ({E})')
-
-    def local(x, dt, B, C, z, h, starts, A_log, D, dt_bias):
-      return selective_scan(
-          x, dt, -jnp.exp(A_log), B, C, D, z=z, dt_bias=dt_bias, h0=h,
-          starts=starts, implementation=self.options.attention_kernel)
-
-    series, shared = ('batch', None, 'inner'), ('batch', None, None)
-    states, channels = ('batch', 'inner', None), ('inner',)
-    run = ctx.sharded(
-        local, outputs=(series, states),
-        inputs=(series, series, shared, shared, series, states,
-                ('batch', None), ('inner', None), channels, channels))
-    return run(x, dt, B, C, z, h, ctx.starts, self.A_log[...], self.D[...],
-               self.dt_bias[...])
+    return self.out(y), (taps, h)
 
   def init_state(self, batch, length):
     del length  # Any number of tokens fits.
     W, E, M = self.shape
-    return {
-        'taps': jnp.zeros((batch, W - 1, E), self.dtype),
-        'h': jnp.zeros((batch, E, M)),
-    }
+    return jnp.zeros((batch, W - 1, E), self.dtype), jnp.zeros((batch, E, M))
 
   def flops(self, length):
     del length  # Every token costs the same.

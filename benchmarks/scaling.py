@@ -22,7 +22,7 @@ from flax import nnx
 
 import attention
 from configs import default
-from model.layers import Context
+from model.sharding import Context
 from train_lib import host
 
 SHORTEST = 512

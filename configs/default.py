@@ -9,60 +9,70 @@ import dataclasses
 from ml_collections import config_dict
 
 import attention
-from attention.common.options import option
+from attention.common import options
+from attention.common.options import option, types
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
   """What to do, and where"""
-  mode: str = option('train', 'train, eval or sample')
+  mode: str = option(
+      'train', 'what to do', choices=('train', 'eval', 'sample'))
   workdir: str | None = option(
       None, 'folder of the run; an existing one is resumed. none: a new one '
       'under runs/')
   distributed: str = option(
-      'auto', 'join several processes (jax.distributed): auto, yes or no')
-  seed: int = option(1337, 'seed of parameters, batches, dropout and samples')
+      'auto', 'join several processes (jax.distributed)',
+      choices=('auto', 'yes', 'no'))
+  seed: int = option(
+      1337, 'seed of parameters, batches, dropout and samples', at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
   """Which attention"""
   attention_variant: str = option(
-      'causal', 'mixer of every layer: ' + ', '.join(attention.names()))
+      'causal', 'mixer of every layer', choices=attention.names())
   attention_list: tuple | None = option(
-      None, 'mixers tiled over the layers; overrides attention_variant')
+      None, 'layers, tiled over n_layer: name, name(flag=value, ...) or '
+      '3*name; overrides attention_variant')
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
   """Model"""
-  n_layer: int = option(4, 'layers')
-  n_head: int = option(4, 'query heads')
-  n_embd: int = option(128, 'model width')
-  block_size: int = option(128, 'longest context, in tokens')
+  n_layer: int = option(4, 'layers', at_least=1)
+  n_head: int = option(4, 'query heads', at_least=1)
+  n_embd: int = option(128, 'model width', at_least=1)
+  block_size: int = option(128, 'longest context, in tokens', at_least=1)
   vocab_size: int | None = option(
-      None, 'token ids, at least those of the dataset; none: just those')
+      None, 'token ids, at least those of the dataset; none: just those',
+      at_least=1)
   bias: bool = option(False, 'biases in dense layers and layer norms')
   dropout: float = option(
-      0.0, 'dropout on the residual branches', runtime=True)
-  mlp_variant: str = option('gelu', 'gelu or swiglu')
+      0.0, 'dropout on the residual branches', runtime=True, at_least=0,
+      below=1)
+  mlp_variant: str = option(
+      'gelu', 'feed-forward network', choices=('gelu', 'swiglu'))
   mlp_width: int | None = option(
-      None, 'width of the mlp; none: 4 n_embd (gelu), 8/3 n_embd (swiglu)')
-  norm_variant: str = option('rmsnorm', 'rmsnorm or layernorm')
+      None, 'width of the mlp; none: 4 n_embd (gelu), 8/3 n_embd (swiglu)',
+      at_least=1)
+  norm_variant: str = option(
+      'rmsnorm', 'norm of the blocks', choices=('rmsnorm', 'layernorm'))
   use_abs_pos_embeddings: bool = option(True, 'learned position embeddings')
   tie_embeddings: bool = option(True, 'the head is the token embedding')
   init_std: float = option(
       0.05, 'standard deviation of initial weights; GPT-2 has 0.02',
-      runtime=True)
+      runtime=True, at_least=0)
   compute_dtype: str = option(
-      'float32', 'float32 or bfloat16; parameters, norms, softmax and loss '
-      'are float32', runtime=True)
+      'float32', 'of activations; parameters, norms, softmax and loss are '
+      'float32', runtime=True, choices=('float32', 'bfloat16'))
   remat: str = option(
-      'none', 'what the backward pass recomputes: none, full, dots (all but '
-      'matrix products)', runtime=True)
+      'none', 'what the backward pass recomputes; dots: all but matrix '
+      'products', runtime=True, choices=('none', 'full', 'dots'))
   scan_unroll: int = option(
       0, 'periods of layers unrolled in the scan over depth; 0: all',
-      runtime=True)
+      runtime=True, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,54 +85,66 @@ class Data:
       'byte', 'byte, char, bpe:SIZE or a tokenizer.json')
   packing: bool = option(
       False, 'documents never see each other within a row')
-  val_fraction: float = option(0.1, 'last part of the data, for validation')
+  val_fraction: float = option(
+      0.1, 'last part of the data, for validation', at_least=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
   """Training"""
-  max_iters: int = option(1000, 'optimiser steps')
-  batch_size: int = option(8, 'rows of a step, over all devices')
+  max_iters: int = option(1000, 'optimiser steps', at_least=0)
+  batch_size: int = option(8, 'rows of a step, over all devices', at_least=1)
   gradient_accumulation_steps: int = option(
-      1, 'parts into which a step splits its rows')
-  z_loss: float = option(0.0, 'weight of the squared log normaliser')
+      1, 'parts into which a step splits its rows', at_least=1)
+  z_loss: float = option(
+      0.0, 'weight of the squared log normaliser', at_least=0)
   nan_policy: str = option(
-      'stop', 'at a loss that is not finite: stop, or skip the update')
+      'stop', 'at a loss that is not finite: stop, or skip the update',
+      choices=('stop', 'skip'))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   """Optimiser"""
-  optimizer: str = option('adamw', 'adamw, lion, adafactor, muon or sgd')
-  learning_rate: float = option(3e-3, 'peak learning rate')
+  optimizer: str = option(
+      'adamw', 'optimiser',
+      choices=('adamw', 'lion', 'adafactor', 'muon', 'sgd'))
+  learning_rate: float = option(3e-3, 'peak learning rate', at_least=0)
   lr_schedule: str = option(
-      'cosine', 'after warm-up: constant, cosine, linear or wsd')
-  min_lr: float = option(1e-4, 'final learning rate')
-  warmup_iters: int = option(100, 'steps of linear warm-up')
+      'cosine', 'learning rate after warm-up',
+      choices=('constant', 'cosine', 'linear', 'wsd'))
+  min_lr: float = option(1e-4, 'final learning rate', at_least=0)
+  warmup_iters: int = option(100, 'steps of linear warm-up', at_least=0)
   lr_decay_iters: int | None = option(
-      None, 'step at which min_lr is reached; none: max_iters')
-  weight_decay: float = option(0.1, 'weight decay, of matrices alone')
-  beta1: float = option(0.9, 'first moment decay, or momentum')
-  beta2: float = option(0.99, 'second moment decay')
-  grad_clip: float = option(1.0, 'largest global gradient norm; 0: any')
+      None, 'step at which min_lr is reached; none: max_iters', at_least=1)
+  weight_decay: float = option(
+      0.1, 'weight decay, of matrices alone', at_least=0)
+  beta1: float = option(
+      0.9, 'first moment decay, or momentum', at_least=0, below=1)
+  beta2: float = option(0.99, 'second moment decay', at_least=0, below=1)
+  grad_clip: float = option(
+      1.0, 'largest global gradient norm; 0: any', at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """Evaluation and checkpoints"""
-  eval_interval: int = option(250, 'steps between evaluations; 0: never')
+  eval_interval: int = option(
+      250, 'steps between evaluations; 0: never', at_least=0)
   eval_iters: int = option(
-      20, 'validation batches of an evaluation, the same ones every time')
+      20, 'validation batches of an evaluation, the same ones every time',
+      at_least=1)
   eval_final: bool = option(
       True, 'evaluate the whole validation split at the end')
   checkpoint_interval: int | None = option(
-      None, 'steps between checkpoints; none: eval_interval, 0: only the last')
+      None, 'steps between checkpoints; none: eval_interval, 0: only the last',
+      at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
   """Logging"""
-  log_interval: int = option(50, 'steps between lines of metrics')
+  log_interval: int = option(50, 'steps between lines of metrics', at_least=1)
   tensorboard: bool = option(False, 'write TensorBoard events')
   wandb: str | None = option(None, 'Weights & Biases project to log to')
   profile_steps: tuple | None = option(
@@ -132,21 +154,26 @@ class Logging:
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
   """Mesh: batch over data and fsdp, parameters over fsdp, heads over tensor"""
-  mesh_data: int = option(-1, 'copies of the model; -1: what is left')
-  mesh_fsdp: int = option(1, 'shards of every copy, along the model width')
-  mesh_tensor: int = option(1, 'shards of heads and mlp width')
+  mesh_data: int = option(
+      -1, 'copies of the model; -1: what is left', at_least=-1)
+  mesh_fsdp: int = option(
+      1, 'shards of every copy, along the model width', at_least=-1)
+  mesh_tensor: int = option(1, 'shards of heads and mlp width', at_least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """Sampling"""
   prompt: str = option('\n', 'text to continue')
-  num_samples: int = option(1, 'continuations')
-  max_new_tokens: int = option(500, 'tokens of each continuation')
-  temperature: float = option(0.8, 'divides the logits; 0: the likeliest')
-  top_k: int | None = option(200, 'sample from the k likeliest; none: all')
+  num_samples: int = option(1, 'continuations', at_least=1)
+  max_new_tokens: int = option(500, 'tokens of each continuation', at_least=1)
+  temperature: float = option(
+      0.8, 'divides the logits; 0: the likeliest', at_least=0)
+  top_k: int | None = option(
+      200, 'sample from the k likeliest; none: all', at_least=1)
   top_p: float | None = option(
-      None, 'sample from the likeliest that make up p; none: all')
+      None, 'sample from the likeliest that make up p; none: all', above=0,
+      at_most=1)
 
 
 def groups():
@@ -184,13 +211,6 @@ def model_flags():
   return sorted({f.name for f in own if not f.metadata['runtime']})
 
 
-def types(field):
-  """(type, whether the flag may be none) of a flag."""
-  options = getattr(field.type, '__args__', (field.type,))
-  kinds = [t for t in options if t is not type(None)]
-  return kinds[0], len(options) > len(kinds)
-
-
 def get_config():
   """The default config: every flag, with its default, locked."""
   config = config_dict.ConfigDict()
@@ -200,3 +220,13 @@ def get_config():
     if optional and field.default is not None:
       config[flag] = field.default
   return config.lock()
+
+
+def check(config):
+  """Raises ValueError for what no run or model can be made of.
+
+  One line that names the flag, its value and the way out.
+  """
+  for flag, field in fields().items():
+    options.check(field, config[flag])
+  attention.check(config)

@@ -1,52 +1,16 @@
 """From a command line to a config: every spelling of a flag, one meaning."""
 
 import collections
-import difflib
 import importlib.util
 import json
 import pathlib
 
+from attention.common import options
 from configs import default
-
-TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
 
 class FlagError(ValueError):
   """A command line that cannot be understood; the message is one line."""
-
-
-def convert(name, text, field):
-  """The value of one flag from its text (None: the flag stood alone)."""
-  kind, optional = default.types(field)
-  bare = field.metadata['bare']
-  if text is None:
-    text = 'true' if kind is bool or bare is not None else None
-  if text is None:
-    raise FlagError(f'--{name} needs a value: {field.metadata["help"]}')
-  if kind is str:
-    return None if optional and text.lower() == 'none' else text
-  low = text.strip().lower()
-  if optional and low in ('none', ''):
-    return None
-  if bare is not None and low in ('true', 'false'):
-    return bare if low == 'true' else None
-  try:
-    if kind is bool:
-      return {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[low]
-    if kind is tuple:
-      return tuple(filter(None, text.replace(',', ' ').split()))
-    value = kind(text)
-    return None if bare is not None and value == 0 else value
-  except (KeyError, ValueError):
-    raise FlagError(
-        f'--{name}={text} is not {_takes(kind)}'
-        + (' or none' if optional else '')
-        + f': {field.metadata["help"]}') from None
-
-
-def _takes(kind):
-  return {bool: 'true or false', int: 'an integer', float: 'a number',
-          tuple: 'a list', str: 'a text'}[kind]
 
 
 def split(argv, fields):
@@ -80,7 +44,7 @@ def split(argv, fields):
       while tokens and not equals and not tokens[0].startswith('--'):
         rest.append(tokens.popleft())
       continue
-    kind, _ = default.types(field)
+    kind, _ = options.types(field)
     if not equals:
       text = _following(tokens, kind, field)
     if kind is tuple and text is not None and texts.get(name):
@@ -91,7 +55,7 @@ def split(argv, fields):
 
 def _is_bool(fields, name):
   """Whether a flag may stand alone, and hence be switched off by `no`."""
-  return name in fields and (default.types(fields[name])[0] is bool
+  return name in fields and (options.types(fields[name])[0] is bool
                              or fields[name].metadata['bare'] is not None)
 
 
@@ -99,7 +63,7 @@ def _following(tokens, kind, field):
   """Takes the value of `--flag value` from the tokens that follow."""
   taken = []
   while tokens and not tokens[0].startswith('--'):
-    likely = tokens[0].lower() in TRUE + FALSE
+    likely = tokens[0].lower() in options.TRUE + options.FALSE
     if kind is bool and not likely:
       break
     taken.append(tokens.popleft())
@@ -133,19 +97,14 @@ def update(config, values, *, source):
   """Sets flags from a dict; an unknown one is an error that names `source`."""
   for name, value in values.items():
     if name not in config:
-      raise FlagError(f'{source}: unknown flag {name}' + _near(name, config))
+      raise FlagError(f'{source}: unknown flag {name}'
+                      + options.nearest(name, config))
     try:
       config[name] = tuple(value) if isinstance(value, list) else value
     except TypeError:
-      kind, _ = default.types(default.fields()[name])
-      raise FlagError(
-          f'{source}: {name}={value!r} is not {_takes(kind)}') from None
+      raise FlagError(f'{source}: {name}={value!r} is not '
+                      + options.takes(default.fields()[name])) from None
   return config
-
-
-def _near(name, known):
-  near = difflib.get_close_matches(name, known, 1)
-  return f', did you mean {near[0]}?' if near else ''
 
 
 def parse(argv, *, others=(), config=None):
@@ -169,7 +128,7 @@ def parse(argv, *, others=(), config=None):
   for token in (t for t in rest if t.startswith('--')):
     name = token.lstrip('-').partition('=')[0]
     if name not in others and name.removeprefix('no') not in others:
-      raise FlagError(f'unknown flag --{name}' + _near(name, fields))
+      raise FlagError(f'unknown flag --{name}' + options.nearest(name, fields))
   run = pathlib.Path(texts.get('workdir') or '', 'config.json')
   if texts.get('mode', 'train') != 'train' and not path and run.is_file():
     path = run  # What reads a run takes the run's config.
@@ -177,8 +136,18 @@ def parse(argv, *, others=(), config=None):
     config = load(path)
   elif config is None:
     config = default.get_config()
-  values = {n: convert(n, t, fields[n]) for n, t in texts.items()}
-  return update(config, values, source='command line'), set(values), rest
+  values = {}
+  for name, text in texts.items():
+    try:
+      values[name] = options.convert(fields[name], text)
+    except ValueError as error:
+      raise FlagError(f'--{error}') from None
+  config = update(config, values, source='command line')
+  try:
+    default.check(config)
+  except ValueError as error:
+    raise FlagError(str(error)) from None
+  return config, set(values), rest
 
 
 def describe():
@@ -189,5 +158,5 @@ def describe():
     for name, field in table.items():
       value = field.default
       value = 'none' if value is None else repr(value)
-      lines += [f'  --{name}  ({value})', f'      {field.metadata["help"]}']
+      lines += [f'  --{name}  ({value})', f'      {options.text(field)}']
   return '\n'.join(lines + ['', '--helpfull adds the flags of absl.'])

@@ -9,6 +9,7 @@ import re
 import sys
 
 import attention
+from attention.common import options
 from configs import default
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def attention_flags():
     variants = title.split(': ')[1]
     for name, field in table.items():
       value = 'none' if field.default is None else field.default
-      rows.append(f'| `{name}` | {value} | {_cell(field.metadata["help"])} | '
+      rows.append(f'| `{name}` | {value} | {_cell(options.text(field))} | '
                   f'{variants} |')
   return '\n'.join(rows)
 
@@ -39,7 +40,7 @@ def all_flags():
       value = 'none' if field.default is None else field.default
       rows.append(
           f'| `{name}` | {_cell(repr(value) if value == chr(10) else value)} '
-          f'| {_cell(field.metadata["help"])} |')
+          f'| {_cell(options.text(field))} |')
     parts.append('\n'.join(rows))
   return '\n\n'.join(parts)
 

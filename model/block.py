@@ -9,10 +9,10 @@ from model.layers import norm
 
 class Block(nnx.Module):
 
-  def __init__(self, config, kind, *, rngs):
+  def __init__(self, config, layer, *, rngs):
     self.rate = config.dropout
     self.mixer_norm = norm(config, config.n_embd)
-    self.mixer = attention.build(kind, config, rngs=rngs)
+    self.mixer = attention.build(layer, config, rngs=rngs)
     self.mlp_norm = norm(config, config.n_embd)
     self.mlp = mlp.build(config, rngs=rngs)
 
@@ -21,4 +21,4 @@ class Block(nnx.Module):
     x = x + ctx.dropout(y, self.rate, salt=0)
     y = self.mlp(self.mlp_norm(x))
     x = x + ctx.dropout(y, self.rate, salt=1)
-    return ctx.constrain(x, 'batch', None, None), state
+    return ctx.constrain(x, 'BTD'), state

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from model.layers import Einsum, pick
+from model.layers import Einsum
 
 
 class Gelu(nnx.Module):
@@ -12,10 +12,10 @@ class Gelu(nnx.Module):
   def __init__(self, config, *, rngs):
     D, F = config.n_embd, config.mlp_width or 4 * config.n_embd
     residual = config.init_std / (2 * config.n_layer) ** 0.5
-    self.up = Einsum('BTD,DF->BTF', (D, F), axes=('embed', 'mlp'),
-                     std=config.init_std, bias=config.bias, rngs=rngs)
-    self.down = Einsum('BTF,FD->BTD', (F, D), axes=('mlp', 'embed'),
-                       std=residual, bias=config.bias, rngs=rngs)
+    self.up = Einsum('BTD,DF->BTF', (D, F), std=config.init_std,
+                     bias=config.bias, rngs=rngs)
+    self.down = Einsum('BTF,FD->BTD', (F, D), std=residual,
+                       bias=config.bias, rngs=rngs)
 
     self.flops = self.up.flops + self.down.flops
 
@@ -34,12 +34,11 @@ class SwiGlu(nnx.Module):
     D = config.n_embd
     F = config.mlp_width or -(-8 * D // 3 // 64) * 64
     residual = config.init_std / (2 * config.n_layer) ** 0.5
-    into = dict(axes=('embed', 'mlp'), std=config.init_std, bias=config.bias,
-                rngs=rngs)
+    into = dict(std=config.init_std, bias=config.bias, rngs=rngs)
     self.gate = Einsum('BTD,DF->BTF', (D, F), **into)
     self.up = Einsum('BTD,DF->BTF', (D, F), **into)
-    self.down = Einsum('BTF,FD->BTD', (F, D), axes=('mlp', 'embed'),
-                       std=residual, bias=config.bias, rngs=rngs)
+    self.down = Einsum('BTF,FD->BTD', (F, D), std=residual,
+                       bias=config.bias, rngs=rngs)
     self.flops = self.gate.flops + self.up.flops + self.down.flops
 
   def __call__(self, x):
@@ -51,4 +50,4 @@ MLPS = {'gelu': Gelu, 'swiglu': SwiGlu}
 
 def build(config, *, rngs):
   """The mlp that mlp_variant names."""
-  return pick('mlp_variant', config.mlp_variant, MLPS)(config, rngs=rngs)
+  return MLPS[config.mlp_variant](config, rngs=rngs)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 import attention
+from configs import default
 from model.block import Block
 from model.embed import Embed
-from model.layers import Context, norm, pick, segment_positions
+from model.layers import norm, segment_positions
+from model.sharding import Context
 
 REMAT = {
     'none': None,
@@ -15,41 +17,26 @@ REMAT = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-
-
 def check(config):
   """Raises ValueError for a config from which no model can be built."""
-  for flag in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size',
-               'mlp_width'):
-    if config[flag] is not None and config[flag] < 1:
-      raise ValueError(f'{flag} ({config[flag]}) must be at least 1')
-  if config.scan_unroll < 0:
-    raise ValueError(f'scan_unroll ({config.scan_unroll}) must be at least 0, '
-                     'which unrolls all')
+  default.check(config)
   if config.vocab_size is None:
     raise ValueError('vocab_size is not set: give the number of token ids, '
                      'which the trainer takes from the dataset')
-  if not 0 <= config.dropout < 1:
-    raise ValueError(f'dropout ({config.dropout}) must be in [0, 1)')
-  pick('compute_dtype', config.compute_dtype, DTYPES)
-  pick('remat', config.remat, REMAT)
-  attention.check(config)
 
 
 class Transformer(nnx.Module):
   """Embedding, pre-norm blocks, final norm, head.
 
-  The layers are one period of kinds (attention_list, or the one
-  attention_variant) repeated. The repetitions are stacked and scanned, so
-  that compile time does not grow with depth; what is left of the last one
-  (`tail`) is unrolled.
+  The layers are the repetitions of one period, the shortest that there is. They
+  are stacked and scanned, so that compile time does not grow with depth; what
+  is left of the last one (`tail`) is unrolled.
   """
 
   def __init__(self, config, *, rngs):
     check(config)
-    kinds = attention.layer_kinds(config)
-    period = kinds[:len(config.attention_list or (None,))]
+    layers = attention.layers(config)
+    period = attention.period(layers)
     self.repeats = repeats = config.n_layer // len(period)
     self.remat = config.remat
     self.unroll = config.scan_unroll or repeats
@@ -58,13 +45,13 @@ class Transformer(nnx.Module):
     self.block_size = config.block_size
     self.embed = Embed(config, config.vocab_size, rngs=rngs)
     build = lambda key: nnx.List(
-        [Block(config, kind, rngs=nnx.Rngs(key)) for key, kind in zip(
+        [Block(config, layer, rngs=nnx.Rngs(key)) for key, layer in zip(
             jax.random.split(key, len(period)), period)])
     self.periods = jax.vmap(build)(
         jax.random.split(rngs.params(), repeats))
     self.tail = nnx.List([
-        Block(config, kind, rngs=rngs)
-        for kind in kinds[repeats * len(period):]])
+        Block(config, layer, rngs=rngs)
+        for layer in layers[repeats * len(period):]])
     self.norm = norm(config, config.n_embd)
 
   def hidden(self, tokens, *, segment_ids=None, positions=None, state=None,
@@ -93,7 +80,7 @@ class Transformer(nnx.Module):
           if segment_ids is None else segment_positions(segment_ids))
     ctx = Context(positions, segment_ids, dropout_key, mesh)
     x = ctx.dropout(self.embed(tokens, ctx), self.rate, salt=0)
-    x = ctx.constrain(x, 'batch', None, None)
+    x = ctx.constrain(x, 'BTD')
     period_states, tail_states = (None, None) if state is None else state
 
     def body(x, layers):

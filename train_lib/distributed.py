@@ -4,8 +4,6 @@ import os
 
 import jax
 
-from model.layers import pick
-
 
 def join(mode):
   """Calls jax.distributed.initialize if several processes were started.
@@ -15,8 +13,7 @@ def join(mode):
       processes. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
       say so by hand; Slurm, Open MPI and Cloud TPU are known to JAX.
   """
-  if not pick('distributed', mode, {
-      'auto': _launched, 'yes': lambda: True, 'no': lambda: False})():
+  if mode == 'no' or (mode == 'auto' and not _launched()):
     return
   if 'JAX_COORDINATOR_ADDRESS' in os.environ:
     jax.distributed.initialize(

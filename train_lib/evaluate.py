@@ -5,13 +5,13 @@ import math
 import jax
 import numpy as np
 
-from model.layers import mesh_size
+from model.sharding import mesh_size
 from train_lib import data, host, loss, sharding
 
 
 def make_evaluator(run):
   """Returns a jitted (params, batch) -> (sum of losses, number of targets)."""
-  shards = mesh_size(run.mesh, 'batch')
+  shards = mesh_size(run.mesh, 'B')
 
   def sums(params, batch):
     model = run.skeleton.merge(params)

@@ -2,8 +2,6 @@
 
 import optax
 
-from model.layers import pick
-
 
 def schedule(config):
   """The learning rate as a function of the step."""
@@ -11,13 +9,13 @@ def schedule(config):
   last = config.lr_decay_iters or config.max_iters
   steps = max(last - warm, 1)
   cooldown = max(steps // 5, 1)  # wsd: the last fifth (Hu et al. 2024).
-  after = pick('lr_schedule', config.lr_schedule, {
+  after = {
       'constant': optax.constant_schedule(peak),
       'cosine': optax.cosine_decay_schedule(
           peak, steps, end / peak if peak else 0.0),
       'linear': optax.linear_schedule(peak, end, steps),
       'wsd': optax.linear_schedule(peak, end, cooldown, steps - cooldown),
-  })
+  }[config.lr_schedule]
   # As nanoGPT: the first step already moves.
   ramp = optax.linear_schedule(peak / (warm + 1), peak, max(warm, 1))
   return optax.join_schedules([ramp, after], [warm])
@@ -32,14 +30,14 @@ def build(config, skeleton):
       decay applies to those with `decay`, Muon to those with `n_inputs`.
   """
   b1, b2 = config.beta1, config.beta2
-  direction = pick('optimizer', config.optimizer, {
+  direction = {
       'adamw': lambda: optax.scale_by_adam(b1, b2),
       'lion': lambda: optax.scale_by_lion(b1, b2),
       'adafactor': lambda: optax.chain(
           optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
       'muon': lambda: _muon(b1, b2, skeleton),
       'sgd': lambda: optax.trace(b1),
-  })()
+  }[config.optimizer]()
   decay = {n: v.decay for n, v in skeleton.variables.items()}
   clip = optax.clip_by_global_norm(config.grad_clip)
   return optax.chain(
@@ -58,7 +56,7 @@ def _muon(b1, b2, skeleton):
   def dimensions(name, variable):
     if not variable.n_inputs:
       return None
-    stacked = len(skeleton.shapes[name].shape) - len(variable.axes)
+    stacked = len(skeleton.shapes[name].shape) - len(variable.letters)
     axes = range(stacked, len(skeleton.shapes[name].shape))
     return optax.contrib.MuonDimensionNumbers(
         tuple(axes[:variable.n_inputs]), tuple(axes[variable.n_inputs:]))

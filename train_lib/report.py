@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+import attention
 from model import sample
 from train_lib import data, evaluate, metrics, sharding, tokenizer
 
@@ -20,13 +21,11 @@ def header(run, first, choices):
   config, dataset = run.config, run.dataset
   devices = jax.devices()
   tokens = config.batch_size * config.block_size
-  kinds = config.attention_list or (config.attention_variant,)
   rows = [
       ('devices', f'{len(devices)} x {devices[0].device_kind}, '
        f'{jax.process_count()} process(es)'),
       ('mesh', ' x '.join(f'{a} {n}' for a, n in run.mesh.shape.items())),
-      ('layers', f'{config.n_layer}: {", ".join(kinds)}'
-       + (' repeated' if len(kinds) > 1 else '')),
+      ('layers', f'{config.n_layer}: {_layers(config)}'),
       ('parameters', f'{run.skeleton.n_params():,}'),
       ('state', '{:,} bytes + {:,} a token, to decode a sequence'.format(
           *run.skeleton.model.state_bytes())),
@@ -45,6 +44,13 @@ def header(run, first, choices):
   if first:
     rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
   return metrics.table(rows)
+
+
+def _layers(config):
+  layers = attention.layers(config)
+  period = attention.period(layers)
+  return attention.shortest(period) + (
+      ' repeated' if 1 < len(period) < len(layers) else '')
 
 
 def kernels(choices):

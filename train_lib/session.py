@@ -9,9 +9,9 @@ import time
 import jax
 import jax.numpy as jnp
 
+import attention
 from attention.kernels import dispatch
 from configs import default
-from model.layers import pick
 from train_lib import checkpoints, data, evaluate, optim, sharding
 from train_lib.state import Skeleton, TrainState
 
@@ -86,15 +86,9 @@ def saved_config(config):
 
 
 def check(config):
-  """Raises ValueError for flags of the loop that make no sense."""
-  for flag, low in (('max_iters', 0), ('eval_interval', 0), ('eval_iters', 1),
-                    ('log_interval', 1), ('warmup_iters', 0),
-                    ('batch_size', 1), ('checkpoint_interval', 0)):
-    value = config[flag]
-    if value is not None and value < low:
-      raise ValueError(f'{flag} ({value}) must be at least {low}')
+  """Raises ValueError for flags that make no sense, or not on this machine."""
+  default.check(config)
   dispatch.check(config.attention_kernel)
-  pick('nan_policy', config.nan_policy, {'stop': 0, 'skip': 0})
   if config.profile_steps is not None:
     steps = config.profile_steps
     if len(steps) != 2 or not all(str(s).isdigit() for s in steps):
@@ -141,7 +135,8 @@ def make_workdir(workdir, config):
     if jax.process_count() > 1:
       raise ValueError('several processes need a --workdir that all of them '
                        'can reach')
-    kinds = '-'.join(config.attention_list or (config.attention_variant,))
+    kinds = '-'.join(dict.fromkeys(
+        layer.variant for layer in attention.layers(config)))
     workdir = f'runs/{time.strftime("%Y-%m-%d_%H-%M-%S")}_{kinds}'
   folder = pathlib.Path(workdir).expanduser()
   try:

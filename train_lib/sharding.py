@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from model.layers import RULES, mesh_size, spec
+from model.sharding import RULES, mesh_size, spec
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -24,7 +24,7 @@ def make_mesh(config):
   sizes = [devices // fixed if n == -1 else n for n in sizes]
   mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   rows = config.batch_size // max(config.gradient_accumulation_steps, 1)
-  shards = mesh_size(mesh, 'batch')
+  shards = mesh_size(mesh, 'B')
   if (config.gradient_accumulation_steps < 1 or rows < 1
       or config.batch_size % config.gradient_accumulation_steps
       or rows % shards):
@@ -43,7 +43,7 @@ def state_shardings(state, skeleton, mesh):
     skeleton: of its model.
     mesh: the mesh.
   """
-  specs = {name: spec(skeleton.variables[name].axes, shape.shape, mesh)
+  specs = {name: spec(skeleton.variables[name].letters, shape.shape, mesh)
            for name, shape in skeleton.shapes.items()}
 
   def of(path, leaf):
@@ -56,12 +56,12 @@ def state_shardings(state, skeleton, mesh):
 
 def replicated(skeleton, mesh):
   """The parameters that the rules would split but the mesh does not divide."""
-  def whole(name, axes):
+  def whole(name, letters):
     shape = skeleton.shapes[name].shape
-    parts = tuple(spec(axes, shape, mesh))[len(shape) - len(axes):]
-    return any(mesh_size(mesh, axis) > 1 and part is None
-               for axis, part in zip(axes, parts))
-  return [n for n, v in skeleton.variables.items() if whole(n, v.axes)]
+    parts = tuple(spec(letters, shape, mesh))[len(shape) - len(letters):]
+    return any(mesh_size(mesh, letter) > 1 and part is None
+               for letter, part in zip(letters, parts))
+  return [n for n, v in skeleton.variables.items() if whole(n, v.letters)]
 
 
 def global_batch(make, shape_of_rows, mesh):
@@ -75,7 +75,7 @@ def global_batch(make, shape_of_rows, mesh):
   Returns:
     {name: jax.Array [rows, ...]}, rows over data and fsdp.
   """
-  sharding = NamedSharding(mesh, P(RULES['batch']))
+  sharding = NamedSharding(mesh, P(RULES['B']))
   probe = sharding.addressable_devices_indices_map((shape_of_rows,))
   starts = [index[0].indices(shape_of_rows) for index in probe.values()]
   low, high = min(s[0] for s in starts), max(s[1] for s in starts)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from attention.kernels import dispatch
-from model.layers import mesh_size
+from model.sharding import mesh_size
 from train_lib import (
     checkpoints,
     evaluate,
@@ -31,7 +31,7 @@ def make_step(run):
   """
   config, skeleton, mesh = run.config, run.skeleton, run.mesh
   parts = config.gradient_accumulation_steps
-  shards, learning_rate = mesh_size(mesh, 'batch'), optim.schedule(config)
+  shards, learning_rate = mesh_size(mesh, 'B'), optim.schedule(config)
 
   def part_loss(params, batch, key, count):
     model = skeleton.merge(params)

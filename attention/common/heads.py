@@ -1,39 +1,26 @@
-"""Heads: how many, how wide, and the projections into them."""
+"""Heads: how wide they are, and the projections into and out of them."""
 
-from model.layers import Einsum, mesh_size
+from model.layers import Einsum
 
 
-def head_width(config):
-  """H, the width of heads that share n_embd."""
+def head_width(config, *, instead=''):
+  """H, the width of heads that share n_embd.
+
+  Args:
+    config: the flags.
+    instead: a flag that sets this width, if there is one.
+  """
   if config.n_embd % config.n_head:
     raise ValueError(f'n_head ({config.n_head}) must divide n_embd '
-                     f'({config.n_embd})')
+                     f'({config.n_embd})'
+                     + (f', or set {instead}' if instead else ''))
   return config.n_embd // config.n_head
 
 
-def check_groups(flag, groups, n_head):
-  """Raises unless the heads fall into so many groups of one size."""
-  if groups < 1 or n_head % groups:
-    divisors = [str(d) for d in range(1, n_head + 1) if n_head % d == 0]
-    raise ValueError(f'{flag} ({groups}) must divide n_head ({n_head}): use '
-                     + ' or '.join(filter(None, (
-                         ', '.join(divisors[:-1]), divisors[-1]))))
-
-
-def kv_heads(config, options):
-  """K, checked against n_head."""
-  groups = (config.n_head if options.n_kv_group is None
-            else options.n_kv_group)
-  check_groups('n_kv_group', groups, config.n_head)
-  return groups
-
-
-def head_shards(ctx, n_head):
-  """The shards over which the mesh lays n_head heads."""
-  shards = mesh_size(ctx.mesh, 'heads')
-  if n_head % shards:
-    raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({n_head})')
-  return shards
+def project(equation, config, *, heads, width, rngs):
+  """A projection to heads, such as 'BTD,DNH->BTNH'."""
+  return Einsum(equation, (config.n_embd, heads, width), std=config.init_std,
+                bias=config.bias, rngs=rngs)
 
 
 def qkv(config, *, groups, widths, rngs):
@@ -45,15 +32,11 @@ def qkv(config, *, groups, widths, rngs):
     widths: (H, V).
     rngs: of nnx.
   """
-  D, N, (H, V) = config.n_embd, config.n_head, widths
-  dense = dict(std=config.init_std, bias=config.bias, rngs=rngs)
+  N, (H, V) = config.n_head, widths
   return (
-      Einsum('BTD,DNH->BTNH', (D, N, H), axes=('embed', 'heads', None),
-             **dense),
-      Einsum('BTD,DKH->BTKH', (D, groups, H), axes=('embed', 'kv_heads', None),
-             **dense),
-      Einsum('BTD,DKV->BTKV', (D, groups, V), axes=('embed', 'kv_heads', None),
-             **dense))
+      project('BTD,DNH->BTNH', config, heads=N, width=H, rngs=rngs),
+      project('BTD,DKH->BTKH', config, heads=groups, width=H, rngs=rngs),
+      project('BTD,DKV->BTKV', config, heads=groups, width=V, rngs=rngs))
 
 
 def out(config, *, heads, width, rngs):
@@ -62,6 +45,5 @@ def out(config, *, heads, width, rngs):
   GPT-2: the 2 L sums of the residual stream keep its variance.
   """
   return Einsum(
-      'BTNV,NVD->BTD', (heads, width, config.n_embd),
-      axes=('heads', None, 'embed'), bias=config.bias, rngs=rngs,
-      std=config.init_std / (2 * config.n_layer) ** 0.5)
+      'BTNV,NVD->BTD', (heads, width, config.n_embd), bias=config.bias,
+      rngs=rngs, std=config.init_std / (2 * config.n_layer) ** 0.5)

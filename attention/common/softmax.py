@@ -6,52 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention.common.heads import head_shards
-from attention.kernels.flash import flash_attention
+from attention.common.ops import flash_attention
 from model.layers import param, rms_normalize, rotary
-
-
-def attend(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None, **kwargs):
-  """flash_attention on the mesh: batch over data and fsdp, heads over tensor.
-
-  Where the mesh has more tensor shards than there are K heads, every shard
-  holds the one head that its queries need.
-
-  Args:
-    q, k, v: [B,T,N,H], [B,S,K,H], [B,S,K,V].
-    ctx: the Context.
-    segment_ids: None or the pair (of queries [B,T], of keys [B,S]).
-    q_offset: as in flash_attention.
-    sink: float32 [N] or None.
-    **kwargs: passed on to flash_attention.
-
-  Returns:
-    [B,T,N,V].
-  """
-  N, K = q.shape[2], k.shape[2]
-  shards = head_shards(ctx, N)
-  if K % shards:
-    if shards % K:
-      raise ValueError(f'mesh_tensor ({shards}) must be a multiple or a '
-                       f'divisor of the {K} key/value heads')
-    k, v = (jnp.repeat(x, shards // K, axis=2) for x in (k, v))
-  heads = ('batch', None, 'heads', None)
-  q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
-
-  def local(q, k, v, q_ids, kv_ids, sink, q_offset):
-    ids = None if q_ids is None else (q_ids, kv_ids)
-    return flash_attention(
-        q, k, v, segment_ids=ids, sink=sink, q_offset=q_offset, **kwargs)[0]
-
-  if isinstance(q_offset, int):  # Static: the kernel can plan its blocks.
-    static = q_offset
-    run = lambda *args: local(*args, static)
-    return ctx.sharded(
-        run, inputs=(heads,) * 3 + (('batch', None),) * 2 + (('heads',),),
-        outputs=heads)(q, k, v, q_ids, kv_ids, sink)
-  return ctx.sharded(
-      local, inputs=(heads,) * 3 + (('batch', None),) * 2 + (('heads',), ()),
-      outputs=heads)(q, k, v, q_ids, kv_ids, sink, q_offset)
 
 
 def init_cache(shapes, *, batch, length, window, dtype):
@@ -113,7 +69,7 @@ def recall(values, ctx, state, *, window):
     window: as in init_cache.
 
   Returns:
-    (arrays, segment_ids and q_offset for `attend`, the new state).
+    (arrays, segment_ids and q_offset for `flash_attention`, the state).
   """
   if state is not None:
     return append(state, values, ctx.segment_ids, window=window)
@@ -127,45 +83,13 @@ def visible(length, window):
   return seen - seen * (seen - 1) / (2 * length)
 
 
-def softcap_of(options):
-  """The bound of the group Softcap, 0.0 where there is none."""
-  softcap = options.attn_logit_softcapping or 0.0
-  if softcap < 0:
-    raise ValueError(f'attn_logit_softcapping ({softcap}) must be positive, '
-                     'or none for no cap')
-  return softcap
-
-
-def window_of(options):
-  """The window of the group Window, 0 where there is none."""
-  window = options.window_size or 0
-  if window < 0:
-    raise ValueError(f'window_size ({window}) must be positive, or none for '
-                     'no window')
-  return window
-
-
 def sink_param(config, options):
   """The learned lambda of the group Lobo: one, or one a head; else None."""
-  learned, constant = options.use_flash_lobo, options.use_flash_obo_const
-  if learned and constant:
-    raise ValueError('use_flash_lobo learns lambda, use_flash_obo_const '
-                     'fixes it: drop one of them')
-  if options.use_flash_lobo_per_head and constant:
-    raise ValueError('use_flash_lobo_per_head contradicts '
-                     'use_flash_obo_const, one constant: drop one of them')
-  if options.use_flash_lobo_per_head and not learned:
-    raise ValueError('use_flash_lobo_per_head needs use_flash_lobo')
-  if options.flash_lobo_log_const and not (learned or constant):
-    raise ValueError(
-        f'flash_lobo_log_const ({options.flash_lobo_log_const}) has no '
-        'effect without use_flash_lobo or use_flash_obo_const')
-  if not learned:
+  if not options.use_flash_lobo:
     return None
-  shape = (config.n_head,) if options.use_flash_lobo_per_head else ()
-  axes = ('heads',) * len(shape)
-  return param(jnp.full(shape, options.flash_lobo_log_const), *axes,
-               decay=False)
+  shape = (config.n_head,) * options.use_flash_lobo_per_head
+  return param(jnp.full(shape, options.flash_lobo_log_const),
+               'N' * len(shape), decay=False)
 
 
 def sink_values(log_sink, options, n_head):
@@ -197,17 +121,13 @@ class Softmax(nnx.Module):
     self.n_head = N
     self.dtype = config.compute_dtype
     self.shapes = (kv_shape, (kv_shape[0], value_width))
-    self.softcap, self.window = softcap_of(options), window_of(options)
-    self.g = self._scale(config) if options.use_qk_norm_scale else None
-    self.log_sink = sink_param(config, options)
-
-  def _scale(self, config):
-    if not self.options.use_qk_norm:
-      raise ValueError('use_qk_norm_scale needs use_qk_norm: it scales the '
-                       'cosine that the norm makes of the score')
-    length = config.block_size
+    self.softcap, self.window = options.softcap, options.window
     # Henry et al. 2020, section 3.2; a length of 1 has nothing to tell apart.
-    return param(math.log2(max(length * length - length, 2)), decay=False)
+    length = config.block_size
+    self.g = param(
+        math.log2(max(length * length - length, 2)), '', decay=False
+    ) if options.use_qk_norm_scale else None
+    self.log_sink = sink_param(config, options)
 
   def __call__(self, q, k, v, ctx, state=None):
     """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state)."""
@@ -221,7 +141,7 @@ class Softmax(nnx.Module):
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]
     (k, v), segment_ids, q_offset, state = recall(
         (k, v), ctx, state, window=self.window)
-    y = attend(
+    y = flash_attention(
         q, k, v, ctx, segment_ids=segment_ids, q_offset=q_offset,
         sink=sink_values(self.log_sink, options, self.n_head), scale=scale,
         softcap=self.softcap, window=self.window,

@@ -1,10 +1,9 @@
 """The triadic modulation of co4 and its softmaxes: pure functions of arrays.
 
-The equations are in attention/co4.py; the letter L is the number of latent
-queries here. The functions that make outputs take
+The equations are in attention/co4.py. The functions that make outputs take
 
   settings: Settings.
-  latent: float32 [L,N,H].
+  latent: float32 [Q,N,H].
   sink: lambda of every head, float32 [N], or None.
   k, v: [B,T,N,H].
   starts: bool [B,T], where a segment starts, or None: nowhere.
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from attention.kernels import running
-from model.layers import pick
 
 # MOD(r, c): how a context c changes a representation r. tm1 to tm4 are
 # transfer functions of Kay & Phillips, and leave r as it is where c is 0. Their
@@ -36,14 +34,12 @@ MODS = {
 # would carry that from one document to the next.
 LARGEST = 1e15
 
-# Axes on the mesh: of latent, sink, k, v, starts; of the sums and the count of
-# the means and the three numbers of the running softmax; of q, k and v.
-TOKENS = ('batch', None, 'heads', None)
-INPUTS = ((None, 'heads', None), ('heads',), TOKENS, TOKENS, ('batch', None))
-MEANS = (TOKENS, ('batch',))
-STREAM = (*MEANS, ('batch', 'heads', None), ('batch', 'heads', None),
-          ('batch', 'heads', None, None))
-QKV = ((*TOKENS, None), TOKENS, TOKENS)
+# Letters of latent, sink, k, v, starts; of the sums (one a loop) and the count
+# of the means and the three numbers of the running softmax; of q, k and v.
+INPUTS = ('QNH', 'N', 'BTNH', 'BTNV', 'BT')
+MEANS = ('B_NH', 'B')
+STREAM = (*MEANS, 'BNQ', 'BNQ', 'BNQV')
+QKV = ('BTNQH', 'BTNH', 'BTNV')
 
 
 class Settings(NamedTuple):
@@ -62,12 +58,6 @@ def check(options, modes):
   if options.disable_flash_attention and options.co4_mode != 'exact':
     raise ValueError('disable_flash_attention has no effect on co4_mode='
                      f'{options.co4_mode}: drop it or use co4_mode=exact')
-  if options.n_latent < 1:
-    raise ValueError(f'n_latent ({options.n_latent}) must be at least 1')
-  if options.triadic_loops < 0:
-    raise ValueError(
-        f'triadic_loops ({options.triadic_loops}) must be at least 0')
-  pick('mod_fn', options.mod_fn, MODS)
 
 
 def empty_stream(batch, shape, *, loops, pooled):
@@ -75,19 +65,19 @@ def empty_stream(batch, shape, *, loops, pooled):
 
   Args:
     batch: B.
-    shape: (L, N, H).
+    shape: (Q, N, H).
     loops: each has a mean of its own.
     pooled: whether there is a running softmax.
   """
-  L, N, H = shape
+  Q, N, H = shape
   means = jnp.zeros((batch, loops, N, H)), jnp.zeros(batch, jnp.int32)
   if not pooled:
     return means
-  return *means, *running.empty_softmax(batch, N, L, H)
+  return *means, *running.empty_softmax(batch, N, Q, H)
 
 
 def _refine(settings, latent, k, v, mean):
-  """(q [B,T,L,N,H], k, v), float32, after the loops.
+  """(q [B,T,Q,N,H], k, v), float32, after the loops.
 
   `mean` is a function (loop, x) -> the mean of x over what each token sees.
   """
@@ -120,7 +110,7 @@ def _refine_stream(settings, latent, k, v, means, starts, implementation):
 
 
 def _scores(settings, q, k):
-  s = jnp.einsum('BTLNH,BTNH->BTNL', q, k, precision='highest')
+  s = jnp.einsum('BTQNH,BTNH->BTNQ', q, k, precision='highest')
   s *= q.shape[-1] ** -0.5
   cap = settings.softcap
   return cap * jnp.tanh(s / cap) if cap else s
@@ -142,7 +132,7 @@ def streaming(settings, latent, sink, k, v, starts, *stream):
 
 
 def exact(settings, latent, sink, k, v, starts, *means):
-  """What is to attend, (q [B,T,N,L,H], k, v) in k's dtype; the means."""
+  """What is to attend, (q [B,T,N,Q,H], k, v) in k's dtype; the means."""
   del sink  # For the attention that follows.
   dtype = k.dtype
 

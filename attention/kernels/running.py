@@ -94,19 +94,19 @@ def empty_softmax(batch, heads, queries, width):
 
 
 def running_softmax(
-    scores: Float[Array, 'B T N L'],
+    scores: Float[Array, 'B T N Q'],
     v: Float[Array, 'B T N V'],
-    state: tuple[Float[Array, 'B N L'], Float[Array, 'B N L'],
-                 Float[Array, 'B N L V']],
+    state: tuple[Float[Array, 'B N Q'], Float[Array, 'B N Q'],
+                 Float[Array, 'B N Q V']],
     starts: Bool[Array, 'B T'] | None = None,
     *,
     sink: Float[Array, 'N'] | None = None,
     implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N V'], tuple[
-    Float[Array, 'B N L'], Float[Array, 'B N L'], Float[Array, 'B N L V']]]:
-  """Softmax averages of v over the document so far, their mean over L queries.
+    Float[Array, 'B N Q'], Float[Array, 'B N Q'], Float[Array, 'B N Q V']]]:
+  """Softmax averages of v over the document so far, their mean over Q queries.
 
-  A step's L scores do not depend on who sees it, so that a prefix is three
+  A step's Q scores do not depend on who sees it, so that a prefix is three
   numbers a query and value: top, sum e^{s - top} and sum e^{s - top} v.
 
   Args:
@@ -118,25 +118,25 @@ def running_softmax(
     implementation: of `chunked_linear_attention`.
   """
   top, total, acc = state
-  B, T, N, L = scores.shape
+  B, T, N, Q = scores.shape
   floor = scores if sink is None else jnp.maximum(scores, sink[:, None])
   # Any number would do for the result, and none has a gradient.
   before, tops = jax.lax.stop_gradient(_tops(floor, top, starts))
   # The sum of the weights is that of a value of one: a column more of v.
   with_ones = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1))], -1)
-  acc = jnp.concatenate([acc, total[..., None]], -1).reshape(B, N * L, -1)
-  heads = lambda x: x.reshape(B, T, N * L)
+  acc = jnp.concatenate([acc, total[..., None]], -1).reshape(B, N * Q, -1)
+  heads = lambda x: x.reshape(B, T, N * Q)
   sums, acc = _sums(
-      jnp.repeat(with_ones, L, axis=2), acc, starts,
+      jnp.repeat(with_ones, Q, axis=2), acc, starts,
       weights=heads(jnp.exp(scores - tops)), decay=heads(before - tops),
       implementation=implementation)
   split = lambda x: jnp.split(
-      x.reshape(*x.shape[:-2], N, L, -1), v.shape[-1:], -1)
+      x.reshape(*x.shape[:-2], N, Q, -1), v.shape[-1:], -1)
   (sums, totals), (acc, total) = split(sums), split(acc)
   if sink is not None:
     totals += jnp.exp(sink[:, None] - tops)[..., None]
   # The reciprocal first: its gradient takes one division a row.
-  y = (sums * (1 / (L * totals))).sum(3)
+  y = (sums * (1 / (Q * totals))).sum(3)
   return y, (tops[:, -1], total[..., 0], acc)
 
 
@@ -151,7 +151,7 @@ def _sums(v, before, starts, *, weights=None, decay=None, implementation):
 
 
 def _tops(x, before, starts):
-  """The maximum of a document before each step and with it, [B,T,N,L] each."""
+  """The maximum of a document before each step and with it, [B,T,N,Q] each."""
   x = jnp.concatenate([before[:, None], x], axis=1)
   if starts is None:
     tops = jax.lax.cummax(x, axis=1)

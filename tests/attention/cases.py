@@ -15,7 +15,7 @@ from flax import nnx
 
 import attention
 from configs import default
-from model.layers import Context
+from model.sharding import Context
 
 # {flag: its values that are not the default}. A pair (flags, needs) where
 # something else must be set for the flag to mean anything: without `needs` it
@@ -133,7 +133,9 @@ def config(**flags):
 @functools.cache
 def build(case, **flags):
   """The case's Attention; the same numbers for the same parameters."""
-  small = config(**{**dict(case.flags), **flags})
+  small = config(**{
+      'attention_variant': case.variant, **dict(case.flags), **flags})
+  attention.check(small)
   return jax.jit(lambda key: attention.build(
       case.variant, small, rngs=nnx.Rngs(key)))(jax.random.key(0))
 

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import attention
+from attention.kernels import dispatch
 from configs import default
-from model.layers import Context
+from model.sharding import Context
 from tests.attention.oracles import dense, float64, rms, rotate
 
 
@@ -73,6 +74,7 @@ def build(**flags):
   config = default.get_config()
   config.update({'n_embd': 24, 'n_head': 6, 'n_layer': 2, 'block_size': 16,
                  **flags})
+  attention.check(config)
   return jax.jit(lambda key: attention.build(
       'causal', config, rngs=nnx.Rngs(key)))(jax.random.key(0))
 
@@ -100,7 +102,7 @@ def example(T=7):
      'use_flash_obo_const'),
     (dict(use_flash_obo_const=True, use_flash_lobo_per_head=True),
      'contradicts'),
-    (dict(flash_lobo_log_const=1.0), 'flash_lobo_log_const (1.0)'),
+    (dict(flash_lobo_log_const=1.0), 'flash_lobo_log_const=1.0 has no effect'),
     (dict(disable_flash_attention=True, attention_kernel='xla'),
      'attention_kernel=xla'),
 ], ids=lambda v: '-'.join(v) if isinstance(v, dict) else None)
@@ -118,14 +120,29 @@ def test_an_odd_head_width_cannot_be_rotated():
 
 
 def test_an_unknown_kernel_is_named():
-  with pytest.raises(ValueError, match='nonsense'):
-    run(build(attention_kernel='nonsense'), example())
+  with pytest.raises(ValueError) as error:
+    build(attention_kernel='gup')
+  assert str(error.value) == (
+      "unknown attention_kernel 'gup', did you mean gpu? known: auto, xla, "
+      'tpu, gpu, cudnn')
 
 
 @pytest.mark.parametrize('kernel', ['tpu', 'gpu', 'cudnn'])
-def test_a_named_kernel_never_falls_back(kernel):
-  with pytest.raises((ValueError, NotImplementedError)):
+def test_a_named_kernel_runs_nowhere_else(kernel):
+  """In a notebook on a CPU too: one line, before anything is lowered."""
+  with pytest.raises(ValueError) as error:
     run(build(attention_kernel=kernel), example())
+  assert str(error.value) == (
+      f'attention_kernel={kernel} does not run on cpu: use auto or xla')
+
+
+@pytest.mark.parametrize('kernel, target', [
+    ('gpu', ('gpu', '8.0')), ('gpu', ('gpu', '9.0')), ('cudnn', ('gpu', '7.5'))],
+    ids=['ampere', 'float32', 'volta'])
+def test_a_named_kernel_never_falls_back(kernel, target):
+  """Compute capability 8.0 has no wgmma, Hopper's tensor cores no float32."""
+  with dispatch.pretend(*target), pytest.raises(NotImplementedError):
+    run.__wrapped__(build(attention_kernel=kernel), example())
 
 
 def test_window_of_one_sees_only_itself():

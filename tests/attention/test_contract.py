@@ -16,7 +16,8 @@ import pytest
 
 import attention
 from attention.kernels import dispatch
-from model.layers import Context, segment_positions
+from model.layers import segment_positions
+from model.sharding import Context
 from tests.attention import cases, oracles
 from tests.attention.cases import build, close, inputs, plain
 

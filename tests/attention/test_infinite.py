@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.layers import Context
+from model.sharding import Context
 from tests.attention import cases, oracles
 from tests.attention.cases import Case, build, close, inputs
 
@@ -103,7 +103,7 @@ def test_one_projection_of_the_sum():
 
 @pytest.mark.parametrize('flags, message', [
     (dict(n_cproj=3), r'n_cproj \(3\) must divide n_head \(4\): use 1, 2 or 4'),
-    (dict(n_cproj=0), r'n_cproj \(0\) must divide n_head'),
+    (dict(n_cproj=0), r'n_cproj \(0\) must be at least 1'),
     (dict(n_cproj=2, use_concat_heads=True), r'n_cproj \(2\) sums heads'),
     (dict(n_qk_head_dim=0), r'n_qk_head_dim \(0\) must be at least 1'),
     (dict(n_v_head_dim=-3), r'n_v_head_dim \(-3\) must be at least 1'),

@@ -9,7 +9,8 @@ from flax import nnx
 import attention
 from attention import linear
 from configs import default
-from model.layers import Context, segment_positions
+from model.layers import segment_positions
+from model.sharding import Context
 from tests.attention import oracles
 from tests.kernels import oracle
 
@@ -160,10 +161,11 @@ def test_handing_the_state_on_equals_the_whole(flags):
 def test_a_state_forgets_another_segment_and_keeps_its_own():
   module, (x, _) = build(), inputs(20)
   one = jnp.ones((BATCH, 10), jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(10), one.shape)
   _, state = run(module, x[:, :10], one, module.init_state(BATCH, TIME))
   alone, _ = run(module, x[:, 10:], one)
-  other, _ = run(module, x[:, 10:], 2 * one, state)
-  same, _ = run(module, x[:, 10:], one, state)
+  other, _ = run(module, x[:, 10:], 2 * one, state, positions)
+  same, _ = run(module, x[:, 10:], one, state, positions + 10)
   assert oracle.relative_rms(other, alone) < 2e-6
   assert oracle.relative_rms(same, alone) > 1e-3
 
@@ -174,9 +176,10 @@ def test_the_state_is_of_constant_size_and_in_float32():
   _, after = run(module, x.astype(jnp.bfloat16), state=short)
   shapes = lambda state: jax.tree.map(lambda a: (a.shape, a.dtype), state)
   assert shapes(short) == shapes(long) == shapes(after)
-  assert after['S'].dtype == after['z'].dtype == jnp.float32
+  S, z = after
+  assert S.dtype == z.dtype == jnp.float32
   H = WIDTH // HEADS
-  assert after['S'].size + after['z'].size == BATCH * 2 * H * (H + 1)
+  assert S.size + z.size == BATCH * 2 * H * (H + 1)
 
 
 def test_documents_are_isolated_bit_for_bit():

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from model.layers import Context
+from model.sharding import Context
 from tests.attention import cases, oracles
 from tests.attention.cases import Case, build, close, inputs
 

@@ -8,7 +8,8 @@ from flax import nnx
 
 import attention
 from configs import default
-from model.layers import Context
+from model.layers import segment_positions
+from model.sharding import Context
 from tests.attention import oracles
 from tests.kernels import oracle
 
@@ -31,8 +32,11 @@ def inputs(seed=0):
 
 
 @jax.jit
-def run(module, x, ids=None, state=None):
-  return module(x, Context(jnp.zeros(x.shape[:2], jnp.int32), ids), state)
+def run(module, x, ids=None, state=None, positions=None):
+  if positions is None:
+    positions = segment_positions(
+        jnp.zeros(x.shape[:2], jnp.int32) if ids is None else ids)
+  return module(x, Context(positions, ids), state)
 
 
 def silu(x):
@@ -160,8 +164,8 @@ def test_sizes_must_be_positive(flag):
 
 
 def test_attention_kernel_is_used():
-  with pytest.raises(ValueError, match='nonsense'):
-    run(build(attention_kernel='nonsense'), inputs()[0])
+  with pytest.raises(ValueError, match='gpu does not run on cpu'):
+    run(build(attention_kernel='gpu'), inputs()[0])
 
 
 @pytest.mark.parametrize('flags', [
@@ -173,8 +177,10 @@ def test_handing_the_state_on_equals_the_whole(flags):
   x = x.astype(flags.get('compute_dtype', 'float32'))
   whole, _ = run(module, x, ids)
   parts, state = [], module.init_state(BATCH, TIME)
+  positions = segment_positions(ids)
   for start, stop in ((0, 22), (22, 23), (23, 45)):
-    y, state = run(module, x[:, start:stop], ids[:, start:stop], state)
+    y, state = run(module, x[:, start:stop], ids[:, start:stop], state,
+                   positions[:, start:stop])
     parts.append(y)
   tolerance = 2e-6 if x.dtype == jnp.float32 else 1e-2
   assert oracle.relative_rms(jnp.concatenate(parts, 1), whole) < tolerance
@@ -184,10 +190,11 @@ def test_a_state_forgets_another_segment_and_keeps_its_own():
   module, (x, _) = build(), inputs()
   x = x[:, :44]
   one = jnp.ones((BATCH, 22), jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(22), one.shape)
   _, state = run(module, x[:, :22], one, module.init_state(BATCH, TIME))
   alone, _ = run(module, x[:, 22:], one)
-  other, _ = run(module, x[:, 22:], 2 * one, state)
-  same, _ = run(module, x[:, 22:], one, state)
+  other, _ = run(module, x[:, 22:], 2 * one, state, positions)
+  same, _ = run(module, x[:, 22:], one, state, positions + 22)
   assert oracle.relative_rms(other, alone) < 2e-6
   assert oracle.relative_rms(same, alone) > 1e-3
 
@@ -198,9 +205,10 @@ def test_the_state_is_of_constant_size_and_h_in_float32():
   _, after = run(module, x.astype(jnp.bfloat16), state=short)
   shapes = lambda state: jax.tree.map(lambda a: (a.shape, a.dtype), state)
   assert shapes(short) == shapes(long) == shapes(after)
-  assert after['h'].dtype == jnp.float32
-  assert after['h'].shape == (BATCH, 2 * WIDTH, 16)
-  assert after['taps'].shape == (BATCH, 3 - 1, 2 * WIDTH)
+  taps, h = after
+  assert h.dtype == jnp.float32
+  assert h.shape == (BATCH, 2 * WIDTH, 16)
+  assert taps.shape == (BATCH, 3 - 1, 2 * WIDTH)
 
 
 @pytest.mark.parametrize('inner_norm', [True, False])
@@ -228,8 +236,9 @@ def test_a_mesh_changes_nothing(inner_norm):
 
   def everything(mesh):
     def loss(module, x, state):
-      y, state = module(x, Context(ids, ids, mesh=mesh), state)
-      bare, _ = module(x, Context(ids, mesh=mesh))
+      positions = segment_positions(ids)
+      y, state = module(x, Context(positions, ids, mesh=mesh), state)
+      bare, _ = module(x, Context(positions, mesh=mesh))
       return (y ** 3).sum() + (bare ** 3).sum(), (y, bare, state)
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
         module, x, state)
@@ -243,7 +252,7 @@ def test_a_mesh_must_divide_the_inner_width():
   module, (x, ids) = build(n_embd=6, ssm_mamba_expand=2), inputs()
   mesh = jax.make_mesh((1, 1, 8), ('data', 'fsdp', 'tensor'),
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
-  with pytest.raises(ValueError, match=r'mesh_tensor \(8\).*n_embd \(12\)'):
+  with pytest.raises(ValueError, match=r'mesh_tensor \(8\) must divide E \(12\)'):
     module(x[..., :6], Context(ids, ids, mesh=mesh))
 
 

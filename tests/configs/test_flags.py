@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import attention
+from attention.common import options
 from configs import default, flags
 
 CONFIGS = pathlib.Path(default.__file__).parent
@@ -40,7 +41,8 @@ def error(*argv, **kwargs):
     ('--learning_rate 1', 'learning_rate', 1.0),
     ('--mesh_data=-1', 'mesh_data', -1),
     ('--mesh_data -1', 'mesh_data', -1),
-    ('--flash_lobo_log_const -0.5', 'flash_lobo_log_const', -0.5),
+    ('--flash_lobo_log_const -0.5 --use_flash_lobo', 'flash_lobo_log_const',
+     -0.5),
     ('--mlp_variant swiglu', 'mlp_variant', 'swiglu'),
     ('--prompt=a=b', 'prompt', 'a=b'),
     ('--prompt=', 'prompt', ''),
@@ -92,15 +94,67 @@ def test_spellings_of_lists(argv):
       'causal', 'causal', 'identity')
 
 
+@pytest.mark.parametrize('argv', [
+    ['--attention_list=2*causal(window_size=4, n_head=2) ssm'],
+    ['--attention_list', '2*causal(window_size=4, n_head=2)', 'ssm'],
+    ['--attention_list=2*causal(window_size=4, n_head=2)',
+     '--config.attention_list=ssm'],
+], ids=len)
+def test_lists_of_layers_with_options(argv):
+  assert parse(*argv).attention_list == (
+      '2*causal(window_size=4, n_head=2)', 'ssm')
+
+
+RANGES = [(name, value) for name, field in FIELDS.items()
+          for word, bound in field.metadata['bounds'].items()
+          for value in [bound + {'at least': -1, 'less than': 0,
+                                 'at most': 1, 'more than': 0}[word]]]
+
+
+@pytest.mark.parametrize('name, value', RANGES)
+def test_a_number_out_of_range_is_one_line(name, value):
+  if name == 'attn_logit_softcapping' and value == 0:
+    pytest.skip('0 is none')
+  message = error(f'--{name}={value}')
+  kind, _ = options.types(FIELDS[name])
+  assert message.startswith(f'{name} ({kind(value)}) must be ')
+  config = default.get_config()  # A notebook is told the same.
+  config[name] = kind(value)
+  with pytest.raises(ValueError) as raised:
+    default.check(config)
+  assert str(raised.value) == message
+
+
+@pytest.mark.parametrize('name', [
+    n for n, f in FIELDS.items() if options.types(f)[0] in (int, float)])
+def test_every_number_has_a_range(name):
+  """But for what may be any number."""
+  assert FIELDS[name].metadata['bounds'] or name in (
+      'flash_lobo_log_const', 'mla_lobo_init')
+  if options.types(FIELDS[name])[0] is float:
+    assert f'{name} (nan) must be' in error(f'--{name}=nan')
+
+
+@pytest.mark.parametrize('name', [
+    n for n, f in FIELDS.items() if f.metadata['choices']])
+def test_an_unknown_choice_names_the_nearest(name):
+  choices = FIELDS[name].metadata['choices']
+  assert FIELDS[name].default in choices
+  message = error(f'--{name}={choices[0]}x')
+  assert f'unknown {name}' in message and ', '.join(choices) in message
+  assert f'did you mean {choices[0]}' in message
+  assert ', '.join(choices) in options.text(FIELDS[name])
+
+
 @every_flag
 def test_none_where_it_has_a_meaning(name):
-  _, optional = default.types(FIELDS[name])
+  _, optional = options.types(FIELDS[name])
   if optional:
     for spelling in ('none', 'None', 'NONE'):
       assert parse(f'--{name}={spelling}')[name] is None
       assert parse(f'--{name}', spelling)[name] is None
     assert parse(f'--config.{name}=none')[name] is None
-  elif default.types(FIELDS[name])[0] is not str:
+  elif options.types(FIELDS[name])[0] is not str:
     assert f'--{name}=none is not' in error(f'--{name}=none')
 
 
@@ -247,7 +301,7 @@ def test_every_flag_is_documented(name):
 
 @every_flag
 def test_a_default_has_its_type(name):
-  kind, optional = default.types(FIELDS[name])
+  kind, optional = options.types(FIELDS[name])
   assert kind in (bool, int, float, str, tuple)
   value = FIELDS[name].default
   assert type(value) is kind or optional and value is None

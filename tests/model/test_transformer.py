@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 
 import attention
 from model import mlp
-from model.layers import Context, segment_positions, spec
+from model.layers import segment_positions
+from model.sharding import Context, spec
 from model.transformer import Transformer
 from tests.attention import cases
 from tests.attention.cases import close
@@ -51,7 +52,7 @@ def losses(small, *, mesh=None, params=None, dropout_key=None):
   params = init(skeleton) if params is None else params
   if mesh is not None:
     lie = lambda name, x: NamedSharding(
-        mesh, spec(skeleton.variables[name].axes, x.shape, mesh))
+        mesh, spec(skeleton.variables[name].letters, x.shape, mesh))
     params = {n: jax.device_put(x, lie(n, x)) for n, x in params.items()}
 
   @jax.jit
@@ -166,9 +167,9 @@ def build(*kinds, **flags):
 
 
 def test_a_tail_is_the_beginning_of_the_period():
-  kinds = attention.layer_kinds(config('causal', 'identity', 'causal',
-                                       n_layer=8))
-  assert kinds == ('causal', 'identity', 'causal') * 2 + ('causal', 'identity')
+  layers = attention.layers(config('causal', 'identity', 'causal', n_layer=8))
+  assert [str(layer) for layer in layers] == [
+      'causal', 'identity', 'causal'] * 2 + ['causal', 'identity']
   model = Skeleton(
       config('causal', 'identity', 'causal', n_layer=8)).model
   names = [type(b.mixer).__module__ for b in (*model.periods, *model.tail)]
@@ -197,8 +198,8 @@ def test_layers_come_in_the_order_of_the_list():
 
 
 def test_without_a_list_every_layer_is_the_variant():
-  assert attention.layer_kinds(
-      config(attention_variant='identity', n_layer=3)) == ('identity',) * 3
+  layers = attention.layers(config(attention_variant='identity', n_layer=3))
+  assert [str(layer) for layer in layers] == ['identity'] * 3
 
 
 def test_a_state_continues_a_mixed_model():
@@ -325,13 +326,13 @@ def test_widths_of_mlps():
   assert width(mlp_width=7) == (7,)
 
 
-def test_parameters_are_float32_and_know_their_axes():
+def test_parameters_are_float32_and_know_their_letters():
   skeleton = Skeleton(config(*ALL, n_layer=2 * len(ALL) + 1))
   for name, variable in skeleton.variables.items():
     shape = skeleton.shapes[name]
     stacked = name.startswith('periods')
     assert shape.dtype == jnp.float32, name
-    assert len(variable.axes) + stacked == len(shape.shape), name
+    assert len(variable.letters) + stacked == len(shape.shape), name
     assert isinstance(variable.decay, bool), name
 
 

@@ -18,7 +18,8 @@ import pytest
 from flax import nnx
 
 import attention
-from model.layers import Context, segment_positions
+from model.layers import segment_positions
+from model.sharding import Context
 from tests.attention import cases
 
 torch = pytest.importorskip('torch')

@@ -1,0 +1,130 @@
+"""The ops as variants call them: on the mesh, every array by its letters.
+
+XLA cannot split a Pallas kernel, so that on several devices each runs its own
+shard. Variants call these, never the ops of attention.kernels, and so cannot
+forget it.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+
+from attention.kernels import chunked, flash, running, scan
+from attention.kernels.conv import causal_conv1d
+from model.sharding import mesh_size
+
+__all__ = [
+    'causal_conv1d', 'flash_attention', 'linear_attention', 'running_mean',
+    'selective_scan']
+
+
+def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
+                    **options):
+  """attention.kernels.flash: [B,T,N,V] of q [B,T,N,H], k and v [B,S,K,...].
+
+  Args:
+    q, k, v: as there.
+    ctx: the Context.
+    segment_ids: None or the pair (of queries [B,T], of keys [B,S]).
+    q_offset: as there.
+    sink: float32 [N] or None.
+    **options: as there.
+  """
+  k, v = _repeated(ctx, q.shape[2], (k, v), axis=2)
+
+  def local(q, k, v, ids, sink, q_offset):
+    return flash.flash_attention(
+        q, k, v, segment_ids=ids, sink=sink, q_offset=q_offset, **options)[0]
+
+  ids = ('BT', 'BS')
+  if isinstance(q_offset, int):  # Static: the kernel can plan its blocks.
+    local, offset = functools.partial(local, q_offset=q_offset), ()
+  else:
+    offset = (q_offset,)
+  return ctx.sharded(
+      local, inputs=('BTNH', 'BSKH', 'BSKV', ids, 'N', '')[:5 + len(offset)],
+      outputs='BTNV')(q, k, v, segment_ids, sink, *offset)
+
+
+def linear_attention(q, k, v, ctx, *, state=None, **options):
+  """attention.kernels.chunked with a normaliser: y [B,T,N,V], (S, z).
+
+  Args:
+    q, k, v: as there.
+    ctx: the Context, whose starts zero the state.
+    state: (S [B,K,H,V], z [B,K,H]) before the first step, or None: zero.
+    **options: as there.
+  """
+  K, N = k.shape[2], q.shape[2]
+  k, v = _repeated(ctx, N, (k, v), axis=2)
+  if state is not None:
+    state = _repeated(ctx, N, state, axis=1)
+
+  def local(q, k, v, state, starts):
+    return chunked.chunked_linear_attention(
+        q, k, v, s0=state, starts=starts, **options)
+
+  sums = ('BKHV', 'BKH')
+  y, (S, z) = ctx.sharded(
+      local, inputs=('BTNH', 'BTKH', 'BTKV', sums, 'BT'),
+      outputs=('BTNV', sums))(q, k, v, state, ctx.starts)
+  copies = k.shape[2] // K
+  return y, (S[:, ::copies], z[:, ::copies])
+
+
+def _repeated(ctx, n_head, arrays, *, axis):
+  """Repeats K heads until the mesh divides them.
+
+  Every shard then holds those that its queries need.
+  """
+  K, shards = arrays[0].shape[axis], mesh_size(ctx.mesh, 'N')
+  if n_head % shards:
+    raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({n_head})')
+  copies = math.lcm(K, shards) // K
+  if copies == 1:
+    return arrays
+  return tuple(jnp.repeat(x, copies, axis) for x in arrays)
+
+
+def selective_scan(x, dt, A, B, C, D, ctx, *, z=None, dt_bias=None, h0=None,
+                   **options):
+  """attention.kernels.scan: y [B,T,E] and the state [B,E,M].
+
+  Args:
+    x, dt, A, B, C, D, z, dt_bias, h0: as there.
+    ctx: the Context, whose starts zero the state.
+    **options: as there.
+  """
+  def local(x, dt, A, B, C, D, z, dt_bias, h0, starts):
+    return scan.selective_scan(
+        x, dt, A, B, C, D, z=z, dt_bias=dt_bias, h0=h0, starts=starts,
+        **options)
+
+  return ctx.sharded(
+      local, outputs=('BTE', 'BEM'),
+      inputs=('BTE', 'BTE', 'EM', 'BTM', 'BTM', 'E', 'BTE', 'E', 'BEM', 'BT'),
+  )(x, dt, A, B, C, D, z, dt_bias, h0, ctx.starts)
+
+
+def running_mean(x, ctx, state, **options):
+  """The mean of x [B,T,N,H] over the document up to each step, and the state.
+
+  Args:
+    x: of any float dtype, which the mean has too.
+    ctx: the Context.
+    state: of before the first step, at first `empty_mean`; or None.
+    **options: of attention.kernels.running.
+  """
+  B, _, N, H = x.shape
+  mean = ('BNH', 'B')
+  y, state = ctx.sharded(
+      functools.partial(running.running_mean, **options),
+      inputs=('BTNH', mean, 'BT'), outputs=('BTNH', mean),
+  )(x.astype(jnp.float32), state or empty_mean(B, N, H), ctx.starts)
+  return y.astype(x.dtype), state
+
+
+def empty_mean(batch, heads, width):
+  """The state of `running_mean` before the first step."""
+  return jnp.zeros((batch, heads, width)), jnp.zeros(batch, jnp.int32)
