@@ -119,7 +119,8 @@ def split_list(text):
 def text(field):
   """The help of a flag, with its choices."""
   choices = field.metadata['choices']
-  return field.metadata['help'] + (': ' + ', '.join(choices) if choices else '')
+  return field.metadata['help'] + (
+      f' ({", ".join(choices)})' if choices else '')
 
 
 def takes(field):

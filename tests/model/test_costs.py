@@ -44,7 +44,7 @@ def grows(name):
   return mixer.flops(2) > mixer.flops(1)
 
 
-@pytest.mark.parametrize('name', filter(grows, attention.names()))
+@pytest.mark.parametrize('name', [*filter(grows, attention.names())])
 def test_flops_of_the_scores_grow_with_the_visible_tokens(name):
   small = config(name, disable_flash_attention=True)
   mixer = attention.build(name, small, rngs=nnx.Rngs(0))
