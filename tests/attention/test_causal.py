@@ -137,8 +137,8 @@ def test_a_named_kernel_runs_nowhere_else(kernel):
 
 
 @pytest.mark.parametrize('kernel, target', [
-    ('gpu', ('gpu', '8.0')), ('gpu', ('gpu', '9.0')), ('cudnn', ('gpu', '7.5'))],
-    ids=['ampere', 'float32', 'volta'])
+    ('gpu', ('gpu', '8.0')), ('gpu', ('gpu', '9.0')),
+    ('cudnn', ('gpu', '7.5'))], ids=['ampere', 'float32', 'volta'])
 def test_a_named_kernel_never_falls_back(kernel, target):
   """Compute capability 8.0 has no wgmma, Hopper's tensor cores no float32."""
   with dispatch.pretend(*target), pytest.raises(NotImplementedError):

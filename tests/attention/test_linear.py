@@ -12,7 +12,7 @@ from configs import default
 from model.layers import segment_positions
 from model.sharding import Context
 from tests.attention import oracles
-from tests.kernels import oracle
+from tests.kernels.oracle import relative_rms, same_bits
 
 # Two chunks of the op, neither of them a power of two.
 BATCH, TIME, WIDTH, HEADS = 4, 70, 16, 4
@@ -40,15 +40,14 @@ def run(module, x, ids=None, state=None, positions=None):
   return module(x, Context(positions, ids), state)
 
 
-def paper(mixer, x, ids):
+def oracle(mixer, x, *, positions, segment_ids):
   """Katharopoulos et al. 2020, equations 18 to 20, one query head at a time."""
-  options, position = mixer.options, np.zeros_like(ids)
-  for t in range(1, ids.shape[1]):
-    position[:, t] = (position[:, t - 1] + 1) * (ids[:, t] == ids[:, t - 1])
+  del segment_ids  # A document starts where its position is 0.
+  options = mixer.options
 
   def phi(x):
     if options.use_rotary_embeddings:
-      x = oracles.rotate(x, position, options.rope_base)
+      x = oracles.rotate(x, positions, options.rope_base)
     if options.use_qk_norm:
       x = oracles.rms(x)
     x = oracles.float64(mixer.g) * x
@@ -60,7 +59,7 @@ def paper(mixer, x, ids):
   for b, t, n in np.ndindex(q.shape[:3]):
     group = n // (q.shape[2] // k.shape[2])
     S, z = np.zeros((q.shape[-1], v.shape[-1])), np.zeros(q.shape[-1])
-    for s in range(t - position[b, t], t + 1):
+    for s in range(t - positions[b, t], t + 1):
       S += np.outer(k[b, s, group], v[b, s, group])
       z += k[b, s, group]
     y[b, t, n] = q[b, t, n] @ S / (q[b, t, n] @ z + 1e-6)
@@ -74,8 +73,9 @@ def paper(mixer, x, ids):
 def test_matches_the_paper(flags):
   module, (x, ids) = build(**flags), inputs()
   y, _ = run(module, x, ids)
-  want = paper(module, np.asarray(x, np.float64), np.asarray(ids))
-  assert oracle.relative_rms(y, want) < 1e-5
+  want = oracle(module, np.asarray(x, np.float64), segment_ids=ids,
+                positions=np.asarray(segment_positions(ids)))
+  assert relative_rms(y, want) < 1e-5
 
 
 def test_values_of_one_give_one():
@@ -111,14 +111,14 @@ def test_g_starts_at_one_over_root_of_the_width_and_learns():
 def test_flags_have_an_effect(flags):
   x, ids = inputs()
   plain, other = run(build(), x, ids)[0], run(build(**flags), x, ids)[0]
-  assert oracle.relative_rms(other, plain) > 1e-3
+  assert relative_rms(other, plain) > 1e-3
 
 
 def test_rope_base_has_an_effect():
   x, ids = inputs()
   short, long = (run(build(use_rotary_embeddings=True, rope_base=base), x, ids)
                  for base in (10.0, 10000.0))
-  assert oracle.relative_rms(short[0], long[0]) > 1e-3
+  assert relative_rms(short[0], long[0]) > 1e-3
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -155,7 +155,7 @@ def test_handing_the_state_on_equals_the_whole(flags):
                    positions[:, start:stop])
     parts.append(y)
   tolerance = 2e-6 if x.dtype == jnp.float32 else 1e-2
-  assert oracle.relative_rms(jnp.concatenate(parts, 1), whole) < tolerance
+  assert relative_rms(jnp.concatenate(parts, 1), whole) < tolerance
 
 
 def test_a_state_forgets_another_segment_and_keeps_its_own():
@@ -166,8 +166,8 @@ def test_a_state_forgets_another_segment_and_keeps_its_own():
   alone, _ = run(module, x[:, 10:], one)
   other, _ = run(module, x[:, 10:], 2 * one, state, positions)
   same, _ = run(module, x[:, 10:], one, state, positions + 10)
-  assert oracle.relative_rms(other, alone) < 2e-6
-  assert oracle.relative_rms(same, alone) > 1e-3
+  assert relative_rms(other, alone) < 2e-6
+  assert relative_rms(same, alone) > 1e-3
 
 
 def test_the_state_is_of_constant_size_and_in_float32():
@@ -190,8 +190,8 @@ def test_documents_are_isolated_bit_for_bit():
   for before, after in ((run(module, x, ids)[0], run(module, changed, ids)[0]),
                         (gradient(x), gradient(changed))):
     for other in (slice(0, 25), slice(50, TIME)):
-      assert oracle.same_bits(before[:, other], after[:, other])
-    assert not oracle.same_bits(before[:, 25:50], after[:, 25:50])
+      assert same_bits(before[:, other], after[:, other])
+    assert not same_bits(before[:, 25:50], after[:, 25:50])
 
 
 @pytest.mark.parametrize('groups', [4, 1])

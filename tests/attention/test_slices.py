@@ -43,8 +43,9 @@ def test_compiles_for_a_slice(name, tmp_path):
     whole = NamedSharding(mesh, P())
     mixer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=whole), mixer)
-    x = jax.ShapeDtypeStruct((4, 256, 512), jnp.bfloat16, sharding=NamedSharding(
-        mesh, P(('data', 'fsdp'))))
+    x = jax.ShapeDtypeStruct(
+        (4, 256, 512), jnp.bfloat16,
+        sharding=NamedSharding(mesh, P(('data', 'fsdp'))))
 
     def loss(mixer, x):
       ids = jnp.zeros(x.shape[:2], jnp.int32)

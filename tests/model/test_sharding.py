@@ -93,7 +93,7 @@ def test_sharded_runs_every_shard_on_its_own():
 def test_sharded_refuses_what_the_mesh_does_not_divide():
   ctx = context(1, mesh=mesh_of(2, 2, 2))
   call = ctx.sharded(lambda x: x, inputs=('BN',), outputs='BN')
-  with pytest.raises(ValueError, match=r'mesh_tensor \(2\) must divide N \(3\)'):
+  with pytest.raises(ValueError, match=r'mesh_tensor \(2\) must divide N'):
     call(jnp.zeros((4, 3)))
   with pytest.raises(
       ValueError, match=r'mesh_data x mesh_fsdp \(4\) must divide B \(6\)'):
