@@ -55,9 +55,9 @@ def choose(logits, key, *, temperature=1.0, top_k=None, top_p=None):
 
 @functools.partial(jax.jit, static_argnames=('length', 'rule'))
 def _prefill(model, tokens, lengths, key, *, length, rule):
-  """Reads left-padded prompts [B,P] and draws the token after each."""
-  B, P = tokens.shape
-  positions = jnp.arange(P) - (P - lengths[:, None])
+  """Reads left-padded prompts [B,T] and draws the token after each."""
+  B, T = tokens.shape
+  positions = jnp.arange(T) - (T - lengths[:, None])
   # The padding is a document of its own, which no mixer lets a prompt see.
   hidden, state = model.hidden(
       tokens, positions=jnp.maximum(positions, 0),

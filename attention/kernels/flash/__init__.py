@@ -33,7 +33,7 @@ class Operands(NamedTuple):
   v: Float[Array, 'B S K V']
   q_ids: Int[Array, 'B T'] | None
   kv_ids: Int[Array, 'B S'] | None
-  q_offset: int | Int[Array, '']  # an int where the rule has it
+  q_offset: int | Int[Array, ''] | None  # an int where the rule has it
 
 
 class Rule(NamedTuple):
@@ -92,14 +92,14 @@ def flash_attention(
     NotImplementedError: the named implementation cannot do what is asked.
   """
   _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink)
-  if not isinstance(segment_ids, (tuple, list)):
-    segment_ids = (segment_ids, segment_ids)
+  q_ids, kv_ids = (segment_ids if isinstance(segment_ids, (tuple, list))
+                   else (segment_ids, segment_ids))
   static = None
   if not isinstance(q_offset, jax.Array):
     static = q_offset = operator.index(q_offset)
   rule = Rule(
       float(scale), bool(causal), int(window), float(softcap), static)
-  operands = Operands(q, k, v, *segment_ids, q_offset)
+  operands = Operands(q, k, v, q_ids, kv_ids, q_offset)
   module = dispatch.select(
       __name__, implementation, IMPLEMENTATIONS, operands, rule)
   q, k, v, sink = _varying_alike(q, k, v, sink)
