@@ -227,6 +227,12 @@ def check(config):
 
   One line that names the flag, its value and the way out.
   """
-  for flag, field in fields().items():
-    options.check(field, config[flag])
+  check_flags(**config)
   attention.check(config)
+
+
+def check_flags(**values):
+  """Raises ValueError for a value out of its flag's range or choices."""
+  every = fields()
+  for flag, value in values.items():
+    options.check(every[flag], value)

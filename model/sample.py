@@ -6,28 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import default
+
 # Tokens of one jitted loop, between two of which the host sees them.
 CHUNK = 16
-
-
-def check(*, temperature, top_k, top_p, num_samples=1, max_new_tokens=1):
-  """Raises ValueError for sampling flags out of range."""
-  if temperature < 0:
-    raise ValueError(f'temperature ({temperature}) must be 0 or more')
-  if top_k is not None and top_k < 1:
-    raise ValueError(f'top_k ({top_k}) must be positive, or none for all')
-  if top_p is not None and not 0 < top_p <= 1:
-    raise ValueError(f'top_p ({top_p}) must be in (0, 1], or none for all')
-  if num_samples < 1 or max_new_tokens < 1:
-    raise ValueError(f'num_samples ({num_samples}) and max_new_tokens '
-                     f'({max_new_tokens}) must be at least 1')
 
 
 def choose(logits, key, *, temperature=1.0, top_k=None, top_p=None):
   """Draws a token from each row of logits.
 
   Args:
-    logits: float32 [B,vocab].
+    logits: float32 [B,U].
     key: random key.
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: draw from this many likeliest tokens.
@@ -99,8 +88,8 @@ def generate(model, prompts, *, max_new_tokens, key, temperature=1.0,
     key: random key; the same one gives the same tokens.
     temperature, top_k, top_p: as in `choose`.
   """
-  check(temperature=temperature, top_k=top_k, top_p=top_p,
-        max_new_tokens=max_new_tokens)
+  default.check_flags(temperature=temperature, top_k=top_k, top_p=top_p,
+                      max_new_tokens=max_new_tokens)
   rule = (('temperature', temperature), ('top_k', top_k), ('top_p', top_p))
   size = model.block_size
   contexts = [list(map(int, p))[-size:] for p in prompts]

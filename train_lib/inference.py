@@ -85,7 +85,6 @@ def sample_run(config, workdir=None):
   host.keep_memory()
   rule = dict(temperature=config.temperature, top_k=config.top_k,
               top_p=config.top_p, max_new_tokens=config.max_new_tokens)
-  sample.check(num_samples=config.num_samples, **rule)
   model, vocabulary, _ = load(workdir or config.workdir, config)
   ids = vocabulary.encode(config.prompt)
   if len(ids) > model.block_size:

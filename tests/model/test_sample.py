@@ -170,11 +170,6 @@ def test_bad_flags_are_named(flags, part):
   assert part in str(error.value)
 
 
-def test_no_samples_are_named():
-  with pytest.raises(ValueError, match=r'num_samples \(0\)'):
-    sample.check(temperature=1.0, top_k=None, top_p=None, num_samples=0)
-
-
 def test_an_empty_prompt_is_an_error():
   with pytest.raises(ValueError, match='no tokens'):
     generate(model('identity'), [[1], []], 3)
