@@ -257,13 +257,13 @@ def test_a_flag_that_no_layer_honours_is_an_error(name):
              for flag in attention.flags(other) if flag not in own}
   assert foreign or name != 'identity'
   for flag, other in foreign.items():
-    value = cases.settings(other, flag)[0][0]
+    value, needs = cases.settings(other, flag)[0]
     config = cases.config(attention_variant=name, **value)
     with pytest.raises(ValueError) as error:
       attention.check(config)
     for part in (flag, f'in use: {name}', other):
       assert part in str(error.value)
-    config.attention_list = (name, other)
+    config.update(attention_list=(name, other), **needs)
     attention.check(config)
 
 
