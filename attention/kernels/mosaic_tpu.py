@@ -95,6 +95,13 @@ def dot(a, b, contract):
       preferred_element_type=jnp.float32)
 
 
+def copy(*pairs):
+  """Copies refs, given as (from, to), where there is one to copy to."""
+  for source, target in pairs:
+    if target is not None:
+      target[...] = source[...]
+
+
 def pipeline(items, stages, *, distance=1):
   """Takes items through stages, in order: an unrolled software pipeline.
 
@@ -113,58 +120,107 @@ def pipeline(items, stages, *, distance=1):
         results[at] = stage(items[at], *(results[at] or ()))
 
 
-def launch(kernel, plan, *, name, grid, operands, outputs, scratch, flops,
-           transcendentals, prefetch=None, bounds_checks=True, vmem=None):
-  """Runs a kernel on operands, outputs and scratch memory that have names.
+class Layout(NamedTuple):
+  """The shape of an array in a kernel's launch, and how it is cut."""
+  shape: tuple
+  spec: pl.BlockSpec
 
-  Args:
-    kernel: kernel(ref, plan); ref has the refs by the names below.
+  def of(self, x):
+    """An operand, its ends padded with zeros; None for None."""
+    return None if x is None else (pad(x, *self.shape), self.spec)
+
+  def out(self, dtype=jnp.float32):
+    """An output."""
+    return jax.ShapeDtypeStruct(self.shape, dtype), self.spec
+
+
+class Launch:
+  """One launch of a kernel. That of an op sets, and has a method `place`:
+
+  Attributes:
     plan: what the kernel is specialised to.
-    name: of the kernel, in profiles.
     grid: its sizes. The cores of a chip share the first two dimensions; the
       others run in order.
-    operands: {name: (array, BlockSpec) or None}.
-    outputs: {name: (ShapeDtypeStruct, BlockSpec) or None}.
-    scratch: {name: shape in VMEM, float32, or None}.
-    flops: of all its grid steps.
-    transcendentals: likewise.
-    prefetch: {name: array}, in scalar memory before the first block is fetched:
-      index maps get these refs as well.
+    axes: {name: (size, block)} of what is cut. Block None is a block of one,
+      whose axis the kernel does not see.
+    prefetch: {name: array}, in scalar memory before the first block is fetched.
     bounds_checks: whether copies are checked.
-    vmem: bytes that it may use, None for the compiler's choice.
-
-  Returns:
-    A namespace of the outputs, None for what is None.
+    vmem: bytes that the kernel may use, None for the compiler's choice.
   """
-  prefetch = prefetch or {}
-  refs = prefetch | operands | outputs | scratch
-  names = [name for name, value in refs.items() if value is not None]
+  prefetch = types.MappingProxyType({})
+  bounds_checks = True
+  vmem = None
 
-  def body(*args):
-    kernel(types.SimpleNamespace(
-        **dict.fromkeys(refs) | dict(zip(names, args, strict=True))), plan)
+  def layout(self, *axes, place=None, memory_space=None):
+    """Returns the Layout of an array.
 
-  present = lambda values: [x for x in values.values() if x is not None]
-  arrays, in_specs = zip(*present(operands))
-  shapes, out_specs = zip(*present(outputs))
-  results = pl.pallas_call(
-      body,
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=len(prefetch), grid=grid,
-          in_specs=in_specs, out_specs=out_specs,
-          scratch_shapes=[
-              pltpu.VMEM(shape, jnp.float32) for shape in present(scratch)]),
-      out_shape=shapes,
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=(
-              *['parallel'] * 2, *['arbitrary'] * (len(grid) - 2)),
-          vmem_limit_bytes=vmem, disable_bounds_checks=not bounds_checks),
-      cost_estimate=pl.CostEstimate(
-          flops=flops, transcendentals=transcendentals,
-          bytes_accessed=sum(
-              x.size * x.dtype.itemsize for x in (*arrays, *shapes))),
-      name=name,
-  )(*prefetch.values(), *arrays)
-  written = [name for name, value in outputs.items() if value is not None]
-  return types.SimpleNamespace(
-      **dict.fromkeys(outputs) | dict(zip(written, results, strict=True)))
+    Args:
+      axes: names of axes that are cut, and sizes of those that are not.
+      place: of the grid's indices and the prefetched refs, returns the block by
+        {name of axis: number}. None: the method.
+      memory_space: None for VMEM.
+    """
+    place = place or self.place
+    shape, block = zip(*(self.axes.get(axis, (axis, axis)) for axis in axes))
+
+    def index_map(*indices):
+      numbers = place(*indices)
+      return tuple(numbers.get(axis, 0) for axis in axes)
+
+    return Layout(
+        shape, pl.BlockSpec(block, index_map, memory_space=memory_space))
+
+  def run(self, kernel, *, name, operands, outputs, scratch, flops,
+          transcendentals):
+    """Runs a kernel on operands, outputs and scratch memory that have names.
+
+    Args:
+      kernel: kernel(ref, plan); ref has the refs by the names below.
+      name: of the kernel, in profiles.
+      operands: {name: `Layout.of` or None}.
+      outputs: {name: `Layout.out` or None}.
+      scratch: {name: shape in VMEM, float32, or None}.
+      flops: of all its programs.
+      transcendentals: likewise.
+
+    Returns:
+      A namespace of the outputs, None for what is None.
+    """
+    refs = {**self.prefetch, **operands, **outputs, **scratch}
+    plan = self.plan
+
+    def body(*args):
+      kernel(types.SimpleNamespace(**_by_name(refs, args)), plan)
+
+    arrays, in_specs = zip(*_present(operands))
+    shapes, out_specs = zip(*_present(outputs))
+    results = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(self.prefetch), grid=self.grid,
+            in_specs=in_specs, out_specs=out_specs,
+            scratch_shapes=[
+                pltpu.VMEM(shape, jnp.float32) for shape in _present(scratch)]),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(
+                *['parallel'] * 2, *['arbitrary'] * (len(self.grid) - 2)),
+            vmem_limit_bytes=self.vmem,
+            disable_bounds_checks=not self.bounds_checks),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=transcendentals,
+            bytes_accessed=sum(
+                x.size * x.dtype.itemsize for x in (*arrays, *shapes))),
+        name=name,
+    )(*self.prefetch.values(), *arrays)
+    return types.SimpleNamespace(**_by_name(outputs, results))
+
+
+def _present(named):
+  return [value for value in named.values() if value is not None]
+
+
+def _by_name(named, values):
+  """The names of what is not None with values, the others with None."""
+  present = [name for name, value in named.items() if value is not None]
+  return dict.fromkeys(named) | dict(zip(present, values, strict=True))

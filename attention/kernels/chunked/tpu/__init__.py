@@ -41,46 +41,50 @@ def forward(operands, rule):
   """See `attention.kernels.chunked`."""
   v = operands.v
   call = Launch(operands, rule, backward=False)
-  H, V = call.S
+  S, z, H, V = call.S, call.z, call.H, call.V
+  products = call.plan.blocks.chunk * (H + V) + 2 * H * V
   out = call.run(
       forward_kernel.kernel, name='chunked_forward',
-      products=call.plan.blocks.chunk * (H + V) + 2 * H * V,
       operands=call.operands(operands),
       outputs=dict(
-          y=call.out_queries(V, v.dtype), sT=call.out_state(call.S),
-          zT=call.out_state(call.z), saved_S=call.out_saved(call.S),
-          saved_z=call.out_saved(call.z)),
-      scratch=dict(
-          S=call.S, z=call.z, **call.scratch_decays(operands.decay)))
+          y=call.queries(V).out(v.dtype), sT=call.out_state(S),
+          zT=call.out_state(z), saved_S=call.saved(S).out(),
+          saved_z=None if z is None else call.saved(z).out()),
+      scratch=dict(S=S, z=z, **call.scratch_decays(operands.decay)),
+      flops=2 * call.query_steps * products, transcendentals=0)
   y = call.restore_queries(out.y, v.shape[-1])
-  states = call.restore_states(out.sT, out.zT, total=False)
+  states = call.restore_states(out.sT, out.zT, operands.s0, total=False)
   return (y, *states), (out.saved_S, out.saved_z)
 
 
 def backward(operands, rule, saved, cotangents):
   """See `attention.kernels.chunked`."""
-  q, k, v, decay, *_ = operands
+  q, k, v, decay, s0, *_ = operands
   dy, dsT, dzT = cotangents
   saved_S, saved_z = saved
   call = Launch(operands, rule, backward=True)
-  H, V = call.S
+  S, z, H, V = call.S, call.z, call.H, call.V
+  chunks = call.plan.blocks.chunks
+  products = call.plan.blocks.chunk * (3 * H + 2 * V) + 5 * H * V
   out = call.run(
       backward_kernel.kernel, name='chunked_backward',
-      products=call.plan.blocks.chunk * (3 * H + 2 * V) + 5 * H * V,
       operands=dict(
           **call.operands(operands, dy=dy.astype(v.dtype)),
-          saved_S=call.saved(saved_S), saved_z=call.saved(saved_z),
+          saved_S=call.saved(S).of(saved_S),
+          saved_z=None if z is None else call.saved(z).of(saved_z),
           dsT=call.first_state(dsT), dzT=call.first_state(dzT)),
       outputs=dict(
-          dq=call.out_queries(H, q.dtype), dk=call.out_keys(H, k.dtype),
-          dv=call.out_keys(V, v.dtype), ddecay=call.out_decays(decay),
-          ds0=call.out_state(call.S), dz0=call.out_state(call.z)),
+          dq=call.queries(H).out(q.dtype), dk=call.out_keys(H, k.dtype),
+          dv=call.out_keys(V, v.dtype), ddecay=call.out_decay(decay),
+          ds0=call.out_state(S), dz0=call.out_state(z)),
       scratch=dict(
-          dS=call.S, dz=call.z, every_S=call.scratch_states(call.S),
-          every_z=call.scratch_states(call.z), **call.scratch_decays(decay)))
-  ds0, dz0 = call.restore_states(out.ds0, out.dz0, total=True)
+          dS=S, dz=z, every_S=(chunks, *S),
+          every_z=None if z is None else (chunks, *z),
+          **call.scratch_decays(decay)),
+      flops=2 * call.query_steps * products, transcendentals=0)
+  ds0, dz0 = call.restore_states(out.ds0, out.dz0, s0, total=True)
   return chunked.Operands(
       q=call.restore_queries(out.dq, q.shape[-1]),
       k=call.restore_keys(out.dk, k.shape[-1]),
       v=call.restore_keys(out.dv, v.shape[-1]),
-      decay=call.restore_decays(out.ddecay), s0=ds0, z0=dz0, starts=None)
+      decay=call.restore_decay(out.ddecay), s0=ds0, z0=dz0, starts=None)

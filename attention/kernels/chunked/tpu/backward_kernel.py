@@ -12,16 +12,14 @@ from jax.experimental import pallas as pl
 
 from attention.kernels.chunked.tpu import blocks, chunk
 from attention.kernels.chunked.tpu.chunk import flat, kept
-from attention.kernels.mosaic_tpu import NN, NT, TN, dot
+from attention.kernels.mosaic_tpu import NN, NT, TN, copy, dot
 
 
 def kernel(ref, plan):
   """The gradients of one block, and of the states before it."""
   @pl.when(pl.program_id(2) == 0)
   def _():
-    ref.dS[...] = ref.dsT[...]
-    if ref.every_z is not None:
-      ref.dz[...] = ref.dzT[...]
+    copy((ref.dsT, ref.dS), (ref.dzT, ref.dz))
 
   def visit(segment, fresh):
     first = 0
@@ -30,9 +28,7 @@ def kernel(ref, plan):
     S, z = ref.every_S.at[first], None
     if ref.every_z is not None:
       z = ref.every_z.at[first]
-    S[...] = ref.saved_S[...]
-    if z is not None:
-      z[...] = ref.saved_z[...]
+    copy((ref.saved_S, S), (ref.saved_z, z))
     chunk.clear(fresh, S, z)
     if ref.decay is not None:
       chunk.each_chunk(ref, plan, segment, [chunk.write_decays])
@@ -47,9 +43,7 @@ def kernel(ref, plan):
 
   @pl.when(pl.program_id(2) == plan.n_blocks - 1)
   def _():
-    ref.ds0[...] = ref.dS[...]
-    if ref.every_z is not None:
-      ref.dz0[...] = ref.dz[...]
+    copy((ref.dS, ref.ds0), (ref.dz, ref.dz0))
 
 
 def _start_states(ref, plan, steps):

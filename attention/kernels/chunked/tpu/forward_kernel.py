@@ -4,20 +4,16 @@ from jax.experimental import pallas as pl
 
 from attention.kernels.chunked.tpu import blocks, chunk
 from attention.kernels.chunked.tpu.chunk import flat, kept
-from attention.kernels.mosaic_tpu import NN, dot
+from attention.kernels.mosaic_tpu import NN, copy, dot
 
 
 def kernel(ref, plan):
   """The outputs of one block, and the states that it started from."""
   @pl.when(pl.program_id(2) == 0)
   def _():
-    ref.S[...] = ref.s0[...]
-    if ref.z is not None:
-      ref.z[...] = ref.z0[...]
+    copy((ref.s0, ref.S), (ref.z0, ref.z))
 
-  ref.saved_S[...] = ref.S[...]
-  if ref.z is not None:
-    ref.saved_z[...] = ref.z[...]
+  copy((ref.S, ref.saved_S), (ref.z, ref.saved_z))
 
   def visit(segment, fresh):
     chunk.clear(fresh, ref.S, ref.z)
@@ -29,9 +25,7 @@ def kernel(ref, plan):
 
   @pl.when(pl.program_id(2) == plan.n_blocks - 1)
   def _():
-    ref.sT[...] = ref.S[...]
-    if ref.z is not None:
-      ref.zT[...] = ref.z[...]
+    copy((ref.S, ref.sT), (ref.z, ref.zT))
 
 
 def _start(ref, plan, steps):

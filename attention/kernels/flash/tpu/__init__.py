@@ -58,13 +58,14 @@ def forward(operands, rule):
   q, _, v, *_ = operands
   H, V = q.shape[3], v.shape[3]
   call = Launch(operands, rule, backward=False)
+  row = 1, call.plan.blocks.q
   out = call.run(
-      forward_kernel.kernel, name='flash_forward', products=H + V,
+      forward_kernel.kernel, name='flash_forward',
       operands=call.operands(operands),
-      outputs=dict(out=call.out_queries(V, q.dtype), lse=call.out_rows()),
-      scratch=dict(
-          m=call.scratch_rows(), l=call.scratch_rows(),
-          out_acc=call.scratch_queries(V)))
+      outputs=dict(
+          out=call.queries(call.V).out(q.dtype), lse=call.rows().out()),
+      scratch=dict(m=row, l=row, out_acc=(call.V, call.plan.blocks.q)),
+      flops=2 * call.scores * (H + V), transcendentals=call.scores)
   return call.restore_queries(out.out, V), call.restore_rows(out.lse)
 
 
@@ -95,13 +96,15 @@ def _gradients(operands, rule, saved, dout, *, dq_dtype):
   H, V = k.shape[3], v.shape[3]
   call = Launch(operands, rule, backward=True)
   out = call.run(
-      backward_kernel.kernel, name='flash_backward', products=3 * H + 2 * V,
+      backward_kernel.kernel, name='flash_backward',
       operands=call.operands(operands, dout=dout, lse=lse, delta=delta),
       outputs=dict(
-          dq=call.out_queries(H, dq_dtype), dk=call.out_keys(H, k.dtype),
-          dv=call.out_keys(V, v.dtype)),
+          dq=call.queries(call.H).out(dq_dtype),
+          dk=call.all_keys(call.H).out(k.dtype),
+          dv=call.all_keys(call.V).out(v.dtype)),
       scratch=dict(
-          dq_acc=call.scratch_queries(H), dk_acc=call.scratch_keys(H),
-          dv_acc=call.scratch_keys(V)))
+          dq_acc=(call.H, call.plan.blocks.q), dk_acc=(call.n_keys, call.H),
+          dv_acc=(call.n_keys, call.V)),
+      flops=2 * call.scores * (3 * H + 2 * V), transcendentals=call.scores)
   return (call.restore_queries(out.dq, H), call.restore_keys(out.dk, H),
           call.restore_keys(out.dv, V))

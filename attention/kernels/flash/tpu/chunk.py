@@ -13,19 +13,11 @@ from attention.kernels.mosaic_tpu import LOG2E, NT, dot
 
 
 class Visit(NamedTuple):
-  """What a program does: a block of queries against a block of keys.
-
-  Attributes:
-    i: position of the first query of the block, counted from key 0.
-    j: first key of the block.
-    kind: what the mask leaves of it.
-    first: whether the visit is the first of its queries.
-    last: whether it is their last.
-  """
-  i: object
-  j: object
-  kind: object
-  first: object
+  """A block of queries against a block of keys; each is a scalar."""
+  i: object  # position of the first query, counted from key 0
+  j: object  # first key
+  kind: object  # what the mask leaves
+  first: object  # whether the visit is the first of its queries
   last: object
 
 

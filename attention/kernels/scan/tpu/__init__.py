@@ -56,14 +56,15 @@ def forward(operands, rule):
   call = Launch(operands, rule, backward=False)
   series, shared = call.scratch_series(), call.scratch_shared()
   out = call.run(
-      forward_kernel.kernel, name='scan_forward', operations=6,
+      forward_kernel.kernel, name='scan_forward',
       operands=call.operands(operands),
       outputs=dict(
-          y=call.out_series(operands.x), hT=call.out_state(),
-          saved_h=call.out_saved()),
+          y=call.series().out(operands.x.dtype), hT=call.out_state(),
+          saved_h=call.saved().out()),
       scratch=dict(
           h=call.scratch_state(), wide_B=shared, wide_C=shared, d=series,
-          u=series, s=series, partial=call.scratch_partial()))
+          u=series, s=series, partial=call.scratch_partial()),
+      flops=6 * call.state_steps, transcendentals=call.state_steps)
   return (out.y, call.restore_state(out.hT)), out.saved_h
 
 
@@ -76,13 +77,13 @@ def backward(operands, rule, saved_h, cotangents):
   states, eight = call.scratch_state(), call.scratch_state(SUBLANES)
   partial, cut = call.scratch_partial(), call.plan.blocks
   out = call.run(
-      backward_kernel.kernel, name='scan_backward', operations=20,
+      backward_kernel.kernel, name='scan_backward',
       operands=dict(
-          **call.operands(operands), dy=call.series(dy), dhT=call.state(dhT),
-          saved_h=call.saved(saved_h)),
+          **call.operands(operands), dy=call.series().of(dy),
+          dhT=call.state(dhT), saved_h=call.saved().of(saved_h)),
       outputs=dict(
-          dx=call.out_series(x), ddt=call.out_series(dt),
-          dz=call.out_series(z),
+          dx=call.series().out(x.dtype), ddt=call.series().out(dt.dtype),
+          dz=None if z is None else call.series().out(z.dtype),
           dB=call.out_shared(), dC=call.out_shared(), dA=call.out_state(),
           dD=call.out_state(SUBLANES), ddt_bias=call.out_state(SUBLANES),
           dh0=call.out_state()),
@@ -92,7 +93,8 @@ def backward(operands, rule, saved_h, cotangents):
           d=series, u=series, ds=series, du=series, dd=series,
           partial=partial, partial_d=partial,
           every_h=(cut.chunk + 1, len(cut.streams), call.plan.M, LANES),
-          s=None if z is None else series))
+          s=None if z is None else series),
+      flops=20 * call.state_steps, transcendentals=call.state_steps)
   dD, ddt_bias = (
       each.sum((0, 1))[:x.shape[2]] for each in (out.dD, out.ddt_bias))
   return scan.Operands(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from attention.kernels.mosaic_tpu import LOG2E
+from attention.kernels.mosaic_tpu import LOG2E, copy
 from attention.kernels.scan.tpu import chunk
 
 
@@ -22,7 +22,7 @@ def kernel(ref, plan):
 
   @pl.when(place.first)
   def _():
-    dh[...] = ref.dhT[...]
+    copy((ref.dhT, dh))
     for acc in (dA, dD, ddt_bias):
       acc[...] = jnp.zeros_like(acc)
 
@@ -35,10 +35,7 @@ def kernel(ref, plan):
 
   @pl.when(place.last)
   def _():
-    ref.dh0[...] = dh[...]
-    ref.dA[...] = dA[...]
-    ref.dD[...] = dD[...]
-    ref.ddt_bias[...] = ddt_bias[...]
+    copy((dh, ref.dh0), (dA, ref.dA), (dD, ref.dD), (ddt_bias, ref.ddt_bias))
 
   pl.when(place.last_block)(lambda: chunk.sum_lanes(plan, (
       (ref.dB_acc, ref.dB), (ref.dC_acc, ref.dC))))

@@ -1,14 +1,9 @@
 """What both TPU kernels of the selective scan do with a chunk of time.
 
-A stream is 128 channels of one row of the batch, and its state is [M, 128],
-the channels on lanes. Between the steps of several streams there is no
-dependence, which is what keeps the vector units busy. Time goes in strips of
-unrolled steps.
-
-What needs no state is done for the whole chunk, before the steps and after
-them, in rows of a few tiles of 8 steps. Series in VMEM, [rows,tiles,8,
-channels], have a step in each sublane, which a load broadcasts over those of
-the states.
+A stream is 128 channels of one row of the batch, its state [M, 128]. Time goes
+in strips of unrolled steps. What needs no state is done for the whole chunk,
+before the steps and after them, some rows at a time. Between them, series are
+in tiles of 8 steps: a load broadcasts one of them over the states.
 """
 
 import functools
@@ -26,22 +21,13 @@ _LOG1P = (0.0052534578, -0.0295885074, 0.078361668, -0.136747697, 0.191114311,
 
 
 class Place(NamedTuple):
-  """Where a program is in the grid.
-
-  Attributes:
-    block: block of channels, of those that share B and C.
-    last_block: whether it is the last of them.
-    first: whether the chunk is the first to be done.
-    last: whether it is the last.
-    steps: steps of the series from the chunk's start on.
-    channels: channels of the series from the block's start on.
-  """
-  block: object
-  last_block: object
-  first: object
+  """Where a program is in the grid; each is a scalar."""
+  block: object  # of channels, of those that share B and C
+  last_block: object  # whether it is the last of them
+  first: object  # whether the chunk is the first that is taken
   last: object
-  steps: object
-  channels: object
+  steps: object  # of the series from the chunk's start on
+  channels: object  # likewise, from the block's start on
 
 
 def place(plan, *, backward=False):

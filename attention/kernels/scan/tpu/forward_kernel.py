@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from attention.kernels.mosaic_tpu import copy
 from attention.kernels.scan.tpu import chunk
 
 
@@ -16,18 +17,18 @@ def kernel(ref, plan):
 
   @pl.when(place.first)
   def _():
-    h[...] = ref.h0[...]
+    copy((ref.h0, h))
 
   pl.when(place.block == 0)(lambda: chunk.broadcast_lanes(plan, (
       (ref.B, ref.wide_B, None), (ref.C, ref.wide_C, None))))
-  ref.saved_h[...] = h[...]
+  copy((h, ref.saved_h))
   chunk.each_rows(plan, functools.partial(_before_steps, ref, plan, place))
   chunk.where_starts(ref, plan, functools.partial(_steps, ref, plan, h))
   chunk.each_rows(plan, functools.partial(_after_steps, ref))
 
   @pl.when(place.last)
   def _():
-    ref.hT[...] = h[...]
+    copy((h, ref.hT))
 
 
 def _before_steps(ref, plan, place, r, rows, tiles):

@@ -34,9 +34,9 @@ and from chunk to chunk, for each block of channels:
   ddt_bias_acc      likewise
 """
 
+import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -56,16 +56,15 @@ class Plan(NamedTuple):
   M: int  # whole sublanes
 
 
-class Launch:
-  """One kernel launch: layouts, block specs and grid.
+class Launch(mosaic_tpu.Launch):
+  """Layouts and grid.
 
   The grid is (rows of the batch, parts of the channels, chunks, blocks of
   channels). Blocks of channels come innermost, so that they share the chunk's
   B and C; their states stay in VMEM.
-
-  A method returns an array as the kernel sees it, or the shape of an output,
-  with the spec of its blocks; None for an array that is None.
   """
+
+  bounds_checks = False
 
   def __init__(self, operands, rule, *, backward):
     B, T, E = operands.x.shape
@@ -76,110 +75,95 @@ class Launch:
     cut = blocks.sizes(B, T, E, M)
     self.plan = Plan(rule, cut, T, E, M)
     self.backward = backward
-    n_blocks, chunks = pl.cdiv(E, cut.channels), pl.cdiv(T, cut.chunk)
+    chunks, n_blocks = pl.cdiv(T, cut.chunk), pl.cdiv(E, cut.channels)
     # Two parts where two cores would not find two rows.
     parts = 2 if B // cut.rows % 2 and n_blocks % 2 == 0 else 1
     self.grid = B // cut.rows, parts, chunks, n_blocks // parts
-    self.B = B
-    self.n_steps, self.n_channels = chunks * cut.chunk, n_blocks * cut.channels
-    # Of B or C in a chunk.
-    self.vectors = pl.cdiv(cut.chunk * M, SUBLANES * LANES)
+    self.axes = dict(
+        rows=(B, cut.rows), part=(parts, None), chunk=(chunks, None),
+        steps=(T, cut.chunk), channels=(E, cut.channels),
+        padded_channels=(n_blocks * cut.channels, cut.channels))
+    self.padded_steps = chunks * cut.chunk
+    self.state_steps = B * self.padded_steps * n_blocks * cut.channels * M
+    # B or C of a chunk.
+    self.vectors = (
+        pl.cdiv(cut.chunk * M, SUBLANES * LANES), SUBLANES, LANES)
 
-  def _spec(self, shape, index, *, memory_space=None):
-    """A block chosen by rows, part, chunk and block of all channels."""
-    chunks, n_blocks = self.grid[2:]
+  def place(self, b, p, t, e):
+    _, _, chunks, n_blocks = self.grid
+    t = chunks - 1 - t if self.backward else t
+    e = p * n_blocks + e
+    return dict(
+        rows=b, part=p, chunk=t, steps=t, channels=e, padded_channels=e)
 
-    def index_map(b, p, t, e):
-      return index(
-          b, p, chunks - 1 - t if self.backward else t, p * n_blocks + e)
+  def _with_first_chunk(self, b, p, t, e):
+    """The place of what is read then: afterwards it is not fetched again."""
+    n_blocks = self.grid[3]
+    return dict(rows=b, padded_channels=p * n_blocks + jnp.where(
+        t == 0, e, n_blocks - 1))
 
-    return pl.BlockSpec(shape, index_map, memory_space=memory_space)
+  def _with_last_chunk(self, b, p, t, e):
+    """The place of what is written then: before, it is not copied out."""
+    _, _, chunks, n_blocks = self.grid
+    return dict(rows=b, padded_channels=p * n_blocks + jnp.where(
+        t == chunks - 1, e, 0))
+
+  def series(self):
+    return self.layout('rows', 'steps', 'channels')
+
+  def saved(self):
+    """States before each chunk."""
+    return self.layout('rows', 'chunk', self.plan.M, 'padded_channels')
 
   def operands(self, operands):
     """Of both kernels, by name."""
     x, dt, A, B, C, D, z, dt_bias, h0, starts = operands
+    series, shared = self.series(), self.layout('rows', 'chunk', *self.vectors)
+    channels = lambda rows: self.layout(rows, 'padded_channels')
     if dt_bias is None:
       dt_bias = jnp.zeros(self.plan.E)
     return dict(
-        x=self.series(x), dt=self.series(dt),
-        A=self._channels(A.astype(jnp.float32).T * LOG2E, self.plan.M),
-        B=self._shared(B), C=self._shared(C), D=self._channels(D[None], 1),
-        dt_bias=self._channels(dt_bias[None], 1), z=self.series(z),
-        h0=None if self.backward else self.state(h0),
+        x=series.of(x), dt=series.of(dt),
+        A=channels(self.plan.M).of(A.astype(jnp.float32).T * LOG2E),
+        B=shared.of(self._shared(B)), C=shared.of(self._shared(C)),
+        D=channels(1).of(D[None].astype(jnp.float32)),
+        dt_bias=channels(1).of(dt_bias[None].astype(jnp.float32)),
+        z=series.of(z), h0=None if self.backward else self.state(h0),
         starts=self._starts(starts))
 
-  def series(self, x):
-    """[B,T,E], as it is."""
-    return None if x is None else (x, self.out_series(x)[1])
-
   def state(self, h):
-    """[B,E,M] -> [B,M,E], needed with the first chunk."""
-    plan, n_blocks = self.plan, self.grid[3]
-    h = pad(h.astype(jnp.float32).swapaxes(1, 2), plan.M, self.n_channels)
-    return h, pl.BlockSpec(
-        (plan.blocks.rows, plan.M, plan.blocks.channels),
-        lambda b, p, t, e: (
-            b, 0, p * n_blocks + jnp.where(t == 0, e, n_blocks - 1)))
-
-  def saved(self, h):
-    return h, self.out_saved()[1]
-
-  def _channels(self, x, rows):
-    """[rows,E], in whole blocks."""
-    return (pad(x.astype(jnp.float32), rows, self.n_channels), self._spec(
-        (rows, self.plan.blocks.channels), lambda b, p, t, e: (0, e)))
+    """[B,E,M] -> [B,M,E]."""
+    return self.layout(
+        'rows', self.plan.M, 'padded_channels',
+        place=self._with_first_chunk).of(h.astype(jnp.float32).swapaxes(1, 2))
 
   def _shared(self, x):
     """B or C [B,T,M] -> [B,chunks,vectors,8,128]."""
-    x = pad(x.astype(jnp.float32), self.n_steps, self.plan.M)
-    x = x.reshape(self.B, self.grid[2], -1)
-    x = pad(x, self.vectors * SUBLANES * LANES)
-    x = x.reshape(*x.shape[:2], self.vectors, SUBLANES, LANES)
-    return x, self._spec((self.plan.blocks.rows, None, *x.shape[2:]),
-                         lambda b, p, t, e: (b, t, 0, 0, 0))
+    x = pad(x.astype(jnp.float32), self.padded_steps, self.plan.M)
+    x = x.reshape(len(x), self.grid[2], -1)
+    x = pad(x, math.prod(self.vectors))
+    return x.reshape(*x.shape[:2], *self.vectors)
 
   def _starts(self, starts):
     """[B,T] -> [B,chunks,1,chunk+1]; behind a chunk's starts their number."""
     if starts is None:
       return None
-    cut = self.plan.blocks
-    starts = pad(starts.astype(jnp.int32), self.n_steps)
-    starts = starts.reshape(self.B, self.grid[2], 1, cut.chunk)
+    chunk = self.plan.blocks.chunk
+    starts = pad(starts.astype(jnp.int32), self.padded_steps)
+    starts = starts.reshape(len(starts), -1, 1, chunk)
     starts = jnp.append(starts, starts.sum(3, keepdims=True), axis=3)
-    return starts, self._spec(
-        (cut.rows, None, 1, cut.chunk + 1), lambda b, p, t, e: (b, t, 0, 0),
-        memory_space=pltpu.SMEM)
-
-  def out_series(self, x):
-    """As x."""
-    cut = self.plan.blocks
-    return None if x is None else (
-        jax.ShapeDtypeStruct(x.shape, x.dtype), self._spec(
-            (cut.rows, cut.chunk, cut.channels), lambda b, p, t, e: (b, t, e)))
+    return self.layout('rows', 'chunk', 1, chunk + 1,
+                       memory_space=pltpu.SMEM).of(starts)
 
   def out_state(self, states=None):
-    """[B,M,E], written with the last chunk."""
-    states, cut = states or self.plan.M, self.plan.blocks
-    chunks, n_blocks = self.grid[2:]
-    shape = self.B, states, self.n_channels
-    return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(
-        (cut.rows, states, cut.channels), lambda b, p, t, e: (
-            b, 0, p * n_blocks + jnp.where(t == chunks - 1, e, 0)))
-
-  def out_saved(self):
-    """[B,chunks,M,E], states before each chunk."""
-    plan = self.plan
-    shape = self.B, self.grid[2], plan.M, self.n_channels
-    return jax.ShapeDtypeStruct(shape, jnp.float32), self._spec(
-        (plan.blocks.rows, None, plan.M, plan.blocks.channels),
-        lambda b, p, t, e: (b, t, 0, e))
+    """[B,M,E]."""
+    return self.layout(
+        'rows', states or self.plan.M, 'padded_channels',
+        place=self._with_last_chunk).out()
 
   def out_shared(self):
-    """[B,parts,chunks,vectors,8,128], gradient of B or C."""
-    shape = self.B, *self.grid[1:3], self.vectors, SUBLANES, LANES
-    return jax.ShapeDtypeStruct(shape, jnp.float32), self._spec(
-        (self.plan.blocks.rows, None, None, *shape[3:]),
-        lambda b, p, t, e: (b, p, t, 0, 0, 0))
+    """Gradient of B or C."""
+    return self.layout('rows', 'part', 'chunk', *self.vectors).out()
 
   def scratch_series(self):
     cut = self.plan.blocks
@@ -187,8 +171,7 @@ class Launch:
 
   def scratch_shared(self):
     M = self.plan.M
-    steps = self.vectors * SUBLANES * LANES // M
-    return self.plan.blocks.rows, steps, M, LANES
+    return self.plan.blocks.rows, math.prod(self.vectors) // M, M, LANES
 
   def scratch_partial(self):
     cut = self.plan.blocks
@@ -198,22 +181,13 @@ class Launch:
     cut = self.plan.blocks
     return self.grid[3], cut.rows, states or self.plan.M, cut.channels
 
-  def run(self, kernel, *, name, operands, outputs, scratch, operations):
-    """`mosaic_tpu.launch`, of so many operations a step, channel and state."""
-    size = self.B * self.n_steps * self.n_channels * self.plan.M
-    return mosaic_tpu.launch(
-        kernel, self.plan, name=name, grid=self.grid, operands=operands,
-        outputs=outputs, scratch=scratch, flops=operations * size,
-        transcendentals=size, bounds_checks=False)
-
   def restore_state(self, h):
-    """[B,M,E] of a kernel -> [B,E,M] of A's M."""
+    """[B,M,E] of a kernel -> [B,E,M]."""
     return h[:, :self.M, :self.plan.E].swapaxes(1, 2)
 
   def restore_shared(self, x):
     """[B,parts,chunks,vectors,8,128] -> [B,T,M], summed over the parts."""
-    plan = self.plan
-    x = x.sum(1).reshape(self.B, self.grid[2], -1)
-    x = x[:, :, :plan.blocks.chunk * plan.M]
-    x = x.reshape(self.B, self.n_steps, plan.M)
-    return x[:, :plan.T, :self.M]
+    x = x.sum(1).reshape(len(x), self.grid[2], -1)
+    x = x[:, :, :self.plan.blocks.chunk * self.plan.M]
+    x = x.reshape(len(x), self.padded_steps, self.plan.M)
+    return x[:, :self.plan.T, :self.M]
