@@ -135,7 +135,7 @@ class Layout(NamedTuple):
 
 
 class Launch:
-  """One launch of a kernel. That of an op sets, and has a method `place`:
+  """One launch of a kernel; an op's own lays out its arrays.
 
   Attributes:
     plan: what the kernel is specialised to.
@@ -151,13 +151,20 @@ class Launch:
   bounds_checks = True
   vmem = None
 
+  def place(self, *indices):
+    """Where a program is: {name of axis: number of its block}.
+
+    Args:
+      indices: of the grid, then the prefetched refs.
+    """
+    raise NotImplementedError
+
   def layout(self, *axes, place=None, memory_space=None):
     """Returns the Layout of an array.
 
     Args:
       axes: names of axes that are cut, and sizes of those that are not.
-      place: of the grid's indices and the prefetched refs, returns the block by
-        {name of axis: number}. None: the method.
+      place: a function like the method, None for that.
       memory_space: None for VMEM.
     """
     place = place or self.place

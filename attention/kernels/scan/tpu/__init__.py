@@ -6,9 +6,9 @@ else is done for a whole chunk of time at once, before the steps (softplus, d x,
 dy silu(z)) or after them (D x, the gate, slopes), in the same kernel: series
 are read once and written once.
 
-- d and d x lie in VMEM in float32; a load repeats a step's row over the states.
+- d and d x lie in VMEM in float32; a load broadcasts a step over the states.
 - B and C become vectors of equal lanes, [steps, M, 128], once for all channels
-  of a chunk: repeat a row of 128 numbers, and turn it over. So blocks of
+  of a chunk: repeat a row of 128 numbers, and transpose it. So blocks of
   channels are the innermost dimension of the grid; their states stay in VMEM.
 - The sum over the states stops at 8 sublanes. They are stored 8 rows apart, so
   that those of 8 steps make 8 vectors whose sum has a step in each sublane.
