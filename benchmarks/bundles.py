@@ -23,8 +23,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1',
-              'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
+from attention.kernels import dispatch
+from attention.kernels.mosaic_tpu import CHIPS
+
 FLAGS = '--xla_msa_enable=false', '--xla_jf_bounds_check=false'
 # Bundles of the smallest region that computes: others start copies, or count.
 SMALLEST = 8
@@ -153,11 +154,12 @@ def compile_for(chip, dump, function, *shapes):
   for path in dump.iterdir():
     path.unlink()
   device = topologies.get_topology_desc(
-      platform='tpu', topology_name=TOPOLOGIES[chip]).devices[0]
+      platform='tpu', topology_name=CHIPS[chip].topology).devices[0]
   arguments = [jax.ShapeDtypeStruct(shape, dtype,
                                     sharding=SingleDeviceSharding(device))
                for shape, dtype in shapes]
-  jax.jit(function).lower(*arguments).compile()
+  with dispatch.pretend('tpu', chip):
+    jax.jit(function).lower(*arguments).compile()
 
 
 @contextlib.contextmanager

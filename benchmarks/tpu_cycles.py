@@ -26,9 +26,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as splash_mask,
 )
 
-from attention.kernels.flash import tpu, tpu_blocks
+from attention.kernels import dispatch
+from attention.kernels.flash import Operands, Rule, tpu
+from attention.kernels.flash.tpu import blocks
+from attention.kernels.mosaic_tpu import CHIPS
 from benchmarks import tpu_recurrences
-from benchmarks.bundles import TOPOLOGIES, Kernel, compile_for, count, dumps
+from benchmarks.bundles import Kernel, compile_for, count, dumps
 
 HEADS = 8
 PEER_BLOCKS = 512, 1024
@@ -36,10 +39,10 @@ PEER_BLOCKS = 512, 1024
 
 def sizes(chip, T, H, backward, window=0, packed=False):
   """The blocks that our kernels take on a chip."""
-  tpu_blocks.generation = lambda: chip
-  return tpu_blocks.block_sizes(
-      T, T, widest=H, itemsize=2, backward=backward, window=window,
-      packed=packed)
+  with dispatch.pretend('tpu', chip):
+    return blocks.sizes(
+        T, T, widest=H, itemsize=2, backward=backward, window=window,
+        packed=packed)
 
 
 def ours(chip, dump, T, H, backward, ids=False, **options):
@@ -47,26 +50,27 @@ def ours(chip, dump, T, H, backward, ids=False, **options):
 
   With ids the cycles are those of one document: no block is left out.
   """
-  options = dict(dict(scale=H ** -0.5, causal=True, window=0, softcap=0.0),
-                 **options)
-  blocks = sizes(chip, T, H, backward, options['window'], ids)
+  rule = Rule(scale=H ** -0.5, **options)
+  cut = sizes(chip, T, H, backward, rule.window, ids)
   operand = ((1, T, HEADS, H), jnp.bfloat16)
   row = ((1, HEADS, T), jnp.float32)
   segments = ((1, T), jnp.int32)
 
-  def run(*operands):
-    *operands, segments = operands
+  def run(q, k, v, segments, *gradient):
     segments = segments if ids else None
-    operands[3:3] = segments, segments, 0
-    return (tpu.backward if backward else tpu.forward)(*operands, **options)
+    operands = Operands(q, k, v, segments, segments, 0)
+    if not backward:
+      return tpu.forward(operands, rule)
+    dout, *saved = gradient
+    return tpu.backward(operands, rule, saved, dout)
 
-  compile_for(chip, dump, run, *[operand] * (4 if backward else 3),
-              *[row] * (2 if backward else 0), segments)
-  _, _, kinds = tpu_blocks.candidates(
-      blocks, T, T, 0, causal=True, window=options['window'])
-  found = range(tpu_blocks.PARTIAL, 4) if ids else np.unique(kinds)
+  compile_for(chip, dump, run, *[operand] * 3, segments,
+              *([operand, row, row] if backward else []))
+  _, _, kinds = blocks.candidates(
+      cut, T, T, 0, causal=True, window=rule.window)
+  found = range(blocks.PARTIAL, 4) if ids else np.unique(kinds)
   visits = tuple(HEADS * int(np.sum(kinds == kind)) for kind in found)
-  rows = HEADS * -(-T // blocks.q)
+  rows = HEADS * -(-T // cut.q)
   steps = HEADS * kinds.size
   if backward:
     runs = HEADS, rows, *visits, rows, HEADS
@@ -145,10 +149,10 @@ def compare(dump, args):
       print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)
 
 
-def full_block(regions, blocks, backward):
+def full_block(regions, cut, backward):
   """Bundles of the unmasked body, for 512 x 512 scores of its block."""
   # It is the last body before the block's outputs.
-  return regions[-3 if backward else -2] * 512 ** 2 / (blocks.q * blocks.k)
+  return regions[-3 if backward else -2] * 512 ** 2 / (cut.q * cut.k)
 
 
 def features(dump, args):
@@ -160,9 +164,9 @@ def features(dump, args):
     bundles = []
     for options in ({}, {'softcap': 30.0}, {'window': 2048}, {'ids': True}):
       regions = ours(chip, dump, 2048, H, backward, **options)[1]
-      blocks = sizes(chip, 2048, H, backward, options.get('window', 0),
-                     'ids' in options)
-      bundles.append(full_block(regions, blocks, backward))
+      cut = sizes(chip, 2048, H, backward, options.get('window', 0),
+                  'ids' in options)
+      bundles.append(full_block(regions, cut, backward))
     cells = [chip, 'backward' if backward else 'forward', H,
              f'{bundles[0]:,.0f}']
     cells += [f'{x:,.0f} ({x / bundles[0] - 1:+.0%})' for x in bundles[1:]]
@@ -174,7 +178,7 @@ def main():
   parser.add_argument('--op', choices=('flash', *tpu_recurrences.TABLES),
                       default='flash')
   parser.add_argument('--chips', nargs='+', default=['v5e', 'v5p', 'v6e'],
-                      choices=list(TOPOLOGIES))
+                      choices=list(CHIPS))
   parser.add_argument('--lengths', nargs='+', type=int, default=[2048, 8192])
   parser.add_argument('--widths', nargs='+', type=int, default=[64, 128])
   parser.add_argument('--features', action='store_true',

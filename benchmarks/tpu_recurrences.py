@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-from attention.kernels import chunked, scan
+from attention.kernels import chunked, dispatch, scan
 from benchmarks.bundles import Kernel, compile_for, count, dumped, parse
 
 # Slots of the vector unit in a bundle; 128 x 128 tiles of weights that the
@@ -30,8 +30,8 @@ OPERATIONS = {'forward': 6, 'backward': 19}
 PRODUCTS = {'forward': 4, 'backward': 10}
 
 
-def grids(function, shapes):
-  """{name: grid} of the kernels that a function calls."""
+def grids(chip, function, shapes):
+  """{name: grid} of the kernels that a function calls on a chip."""
   found = {}
 
   def search(jaxpr):
@@ -42,8 +42,9 @@ def grids(function, shapes):
       for inner in jaxprs_in_params(equation.params):
         search(inner)
 
-  search(jax.make_jaxpr(function)(*(
-      jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr)
+  with dispatch.pretend('tpu', chip):
+    search(jax.make_jaxpr(function)(*(
+        jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr)
   return found
 
 
@@ -90,7 +91,7 @@ def scan_table(dump, chips):
     shapes = [series, series, ((E, M), jnp.float32), shared, shared,
               ((E,), jnp.float32)]
     compile_for(chip, dump, both, *shapes)
-    for name, grid in grids(both, shapes).items():
+    for name, grid in grids(chip, both, shapes).items():
       chunks, blocks = grid[2:]
       # The first chunk, the first block, the last chunk and the last block.
       often = chunks, blocks, chunks, blocks
@@ -124,7 +125,7 @@ def chunked_table(dump, chips):
         return pull(y)
       shapes = [series] * 3 + [decays]
       compile_for(chip, dump, both, *shapes)
-      for name, grid in grids(both, shapes).items():
+      for name, grid in grids(chip, both, shapes).items():
         # The first block and the last one.
         cycles, busy = counted(dump, name, grid, (grid[2],) * 2, 'MXU')
         direction = name.split('_')[-1]

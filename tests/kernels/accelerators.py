@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks.bundles import TOPOLOGIES as CHIPS
+from attention.kernels.mosaic_tpu import CHIPS
 
 H100 = pathlib.Path(__file__).with_name('h100.txtpb')
 PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
@@ -38,7 +38,7 @@ def tpus(chip, name):
 
 def tpu(chip):
   """One device of a chip."""
-  return tpus(chip, CHIPS[chip])[0]
+  return tpus(chip, CHIPS[chip].topology)[0]
 
 
 def tpu_pod(*shape):

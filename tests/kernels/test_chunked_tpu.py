@@ -15,14 +15,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from attention.kernels.chunked import (
-    chunked_linear_attention,
-    reference,
-    tpu_blocks,
-)
-from attention.kernels.tpu_tiles import padded_width
+from attention.kernels.chunked import chunked_linear_attention, reference
+from attention.kernels.chunked.tpu import blocks
+from attention.kernels.mosaic_tpu import CHIPS, padded_width
 from tests.kernels import accelerators, oracle, test_chunked
-from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_chunked import EVERYTHING, assert_agree, example, run
 
 pytestmark = pytest.mark.usefixtures('on_tpu')
@@ -69,11 +65,15 @@ def interpreted(capfd):
     yield
 
 
+# Of two heads of float32: chunks of 32, two a block.
+SMALL = dict(chunk=32, rows=2 * 2 * 32 * 2)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Chunks of 32, two a block: 257 steps make five blocks."""
-  monkeypatch.setattr(tpu_blocks, 'CHUNK', 32)
-  monkeypatch.setattr(tpu_blocks, '_ROWS', 2 * 2 * 32 * 2)
+  """257 steps make five blocks."""
+  monkeypatch.setattr(
+      blocks, 'sizes', functools.partial(blocks.sizes, **SMALL))
   # What other tests traced has other blocks.
   test_chunked.op.cache_clear()
   yield
@@ -115,11 +115,8 @@ def test_matches_reference(
     pytest.param(1024, STATE, 'step', 1e-6, id='T1024-one-document'),
 ])
 def test_matches_reference_in_chunks_of_128(
-    time, options, decay, normalize, interpreted, monkeypatch):
-  monkeypatch.setattr(tpu_blocks, '_ROWS', 2 * 2 * 128 * 2)
-  test_chunked.op.cache_clear()
+    time, options, decay, normalize, interpreted):
   compare(time, options, decay, normalize)
-  test_chunked.op.cache_clear()
 
 
 @pytest.mark.slow
@@ -130,8 +127,9 @@ def test_heads_that_share_a_state_in_several_programs(
   for name in ('k', 'v', 'decay'):
     arguments[name] = arguments[name][:, :, :1]
   arguments['s0'] = tuple(state[:, :1] for state in arguments['s0'])
-  monkeypatch.setattr(tpu_blocks, '_ROWS', 2 * 32 * 2)
-  assert tpu_blocks.query_heads(4, 2 * 32) == 2
+  monkeypatch.setattr(
+      blocks, 'sizes', functools.partial(blocks.sizes, rows=2 * 32 * 2))
+  assert blocks.sizes(100, 4, widest=8, itemsize=4).heads == 2
   assert_agree(
       run(test_chunked.op('tpu'), arguments, normalize=1e-6),
       run(reference.chunked_linear_attention, arguments, normalize=1e-6))

@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import dispatch
-from attention.kernels.flash import flash_attention, tpu, tpu_blocks
+from attention.kernels.flash import flash_attention
+from attention.kernels.flash.tpu import blocks
+from attention.kernels.mosaic_tpu import CHIPS
 from tests.kernels import accelerators, oracle, test_flash
-from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_flash import LONG_ROWS, ROWS, Row
 
 pytestmark = pytest.mark.usefixtures('on_tpu')
@@ -79,12 +80,17 @@ def interpreted(capfd):
     yield
 
 
+def cut(monkeypatch, **options):
+  """Has all work cut in blocks of 128, two tiles of scores ahead."""
+  monkeypatch.setattr(
+      blocks, 'sizes',
+      lambda *_, **__: blocks.Blocks(128, 128, 128, 128, 2, **options))
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Blocks of 128, two tiles of scores ahead: 257 tokens make nine blocks."""
-  monkeypatch.setattr(
-      tpu_blocks, 'block_sizes',
-      lambda *_, **__: tpu_blocks.Blocks(128, 128, 128, 128, 2))
+  """257 tokens make nine blocks."""
+  cut(monkeypatch)
 
 
 def compare(row, **kwargs):
@@ -97,9 +103,7 @@ def test_matches_reference(row, interpreted, small_blocks):
 
 
 def test_sums_by_the_matrix_unit(interpreted, monkeypatch):
-  monkeypatch.setattr(
-      tpu_blocks, 'block_sizes', lambda *_, **__: tpu_blocks.Blocks(
-          128, 128, 128, 128, 2, mxu_sums=True))
+  cut(monkeypatch, mxu_sums=True)
   compare(Row('', T=200, K=1, V=24, window=100, segments=True, sink=True))
 
 
@@ -128,7 +132,7 @@ def test_matches_reference_at_width(H, interpreted, small_blocks):
 
 @pytest.mark.slow
 def test_keys_that_do_not_fit_in_vmem(interpreted, small_blocks, monkeypatch):
-  monkeypatch.setattr(tpu, '_most_keys', lambda k, v: 128)
+  monkeypatch.setattr(blocks, 'most_keys', lambda *_: 128)
   compare(Row('', T=257, K=1, window=150, segments=True, sink=True))
 
 
@@ -194,10 +198,10 @@ def test_softcap_is_exact_at_both_ends(softcap, interpreted, small_blocks):
 ], ids=str)
 def test_blocks_suit_the_length_and_the_mask(T, options, expected):
   with dispatch.pretend('tpu', 'v5e'):
-    blocks = tpu_blocks.block_sizes(
+    chosen = blocks.sizes(
         T, T, widest=128, itemsize=2, backward=False, **options)
-  assert blocks.q == blocks.k == expected
-  assert expected % blocks.tile_q == expected % blocks.tile_k == 0
+  assert chosen.q == chosen.k == expected
+  assert expected % chosen.tile_q == expected % chosen.tile_k == 0
 
 
 @pytest.mark.slow
@@ -216,26 +220,26 @@ def test_composes_with_scan(interpreted, small_blocks, monkeypatch):
 ], ids=['causal', 'all', 'window128', 'window129', 'window130', 'late'])
 def test_visits_only_what_the_mask_leaves(T, options, listed):
   options = {'causal': True, 'window': 0, 'q_offset': 0, **options}
-  blocks = tpu_blocks.Blocks(128, 128, 128, 128, 1)
-  visits = tpu_blocks.visits(
-      blocks, T, T, None, None, options.pop('q_offset'), **options)
+  visits = blocks.visits(
+      blocks.Blocks(128, 128, 128, 128, 1), T, T, None, None,
+      options.pop('q_offset'), **options)
   assert visits.steps == visits.words.shape[1] == listed
 
 
 @pytest.mark.parametrize('order', ['sorted', 'interleaved'])
 def test_packed_documents_do_not_visit_each_other(order):
-  blocks = tpu_blocks.Blocks(128, 128, 128, 128, 1)
   ids = np.repeat(np.arange(4), 256)
   if order == 'interleaved':
     ids = np.repeat([0, 1, 0, 1, 2, 2, 3, 3], 128)
   ids = jnp.asarray(ids, jnp.int32)[None]
-  visits = tpu_blocks.visits(
-      blocks, 1024, 1024, ids, ids, 0, causal=True, window=0)
-  rows, columns, kind, first, last = tpu_blocks.unpack(
+  visits = blocks.visits(
+      blocks.Blocks(128, 128, 128, 128, 1), 1024, 1024, ids, ids, 0,
+      causal=True, window=0)
+  rows, columns, kind, first, last = blocks.unpack(
       np.asarray(visits.words)[0, :int(visits.steps)])
   assert visits.steps == 4 * 3
   np.testing.assert_array_equal(ids[0, ::128][rows], ids[0, ::128][columns])
-  assert np.sum(kind == tpu_blocks.FULL) == 4
+  assert np.sum(kind == blocks.FULL) == 4
   assert np.sum(first) == np.sum(last) == 8
 
 

@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import scan
-from attention.kernels.scan import reference, tpu
+from attention.kernels.mosaic_tpu import CHIPS
+from attention.kernels.scan import reference
+from attention.kernels.scan.tpu import blocks
 from tests.kernels import accelerators, oracle, test_scan
-from tests.kernels.accelerators import CHIPS
 from tests.kernels.test_scan import assert_agree, example, op, run
 
 pytestmark = pytest.mark.usefixtures('on_tpu')
@@ -26,13 +27,18 @@ pytestmark = pytest.mark.usefixtures('on_tpu')
 ALL = ('z', 'dt_bias', 'h0', 'starts')
 
 
+def cut(monkeypatch, **sizes):
+  monkeypatch.setattr(
+      blocks, 'sizes', functools.partial(blocks.sizes, **sizes))
+
+
 @pytest.fixture
 def interpreted(request, monkeypatch, capfd):
-  """Runs TPU kernels on the CPU, in short pieces: they compile faster.
+  """Runs TPU kernels on the CPU, in short strips: they compile faster.
 
   The parameter, if any, says whether to look for races, which takes long.
   """
-  monkeypatch.setattr(tpu, '_PIECE', 8)
+  cut(monkeypatch, strip=8)
   jax.clear_caches()
   with accelerators.tpu_interpreter(
       capfd, races=getattr(request, 'param', False)):
@@ -52,7 +58,7 @@ def sizes(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 128 channels of one row."""
-  monkeypatch.setattr(tpu, '_STATES', 8 * 128)
+  cut(monkeypatch, states=8 * 128)
 
 
 def compare(arguments, **kwargs):

@@ -1,16 +1,14 @@
-"""A chunk of the TPU kernels of chunked linear attention: what both share.
+"""What both TPU kernels of chunked linear attention do with a chunk.
 
-Refs come in a namespace r, by the names that `tpu` gives them, None where the
-call has no such array; W, D, a, b, e are those of the equations there.
+W, D, a, b and e are those of the equations in `tpu`.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from attention.kernels.tpu_tiles import NN, NT, dot
-
-LANES = 128
+from attention.kernels import mosaic_tpu
+from attention.kernels.mosaic_tpu import LANES, NN, NT, dot
 
 
 def flat(x):
@@ -35,95 +33,73 @@ def clear(fresh, *states):
         state[...] = jnp.zeros_like(state)
 
 
-def each_chunk(r, spec, piece, stages, *, distance=1, reverse=False):
-  """Takes the chunks that a piece has steps in through stages, in order.
+def each_chunk(ref, plan, segment, stages, *, distance=1, backward=False):
+  """Takes the chunks that a segment has steps in through stages, in order.
 
-  A stage is called with r, spec, a Chunk and what the stage before returned.
-  In a whole block, a stage is `distance` chunks behind the stage before: while
-  one waits for its products, the matrix unit has those of the other.
+  A stage is called with ref, plan, the Steps and what the stage before
+  returned. The chunks of a whole block are a pipeline.
   """
-  if piece is None:
-    order = [Chunk(spec, c, None) for c in range(spec.chunks)]
-    if reverse:
-      order.reverse()
-    results = [()] * len(order)
-    for turn in range(len(order) + distance * (len(stages) - 1)):
-      for n, stage in reversed(list(enumerate(stages))):
-        at = turn - n * distance
-        if 0 <= at < len(order):
-          results[at] = stage(r, spec, order[at], *(results[at] or ()))
+  def of_index(stage):
+    return lambda index, *made: stage(
+        ref, plan, Steps(plan, index, segment), *made)
+
+  stages = [of_index(stage) for stage in stages]
+  size, chunks = plan.blocks.chunk, plan.blocks.chunks
+  if segment is None or chunks == 1:
+    order = list(range(chunks))
+    mosaic_tpu.pipeline(
+        order[::-1] if backward else order, stages, distance=distance)
     return
 
-  def through(index):
-    result = ()
-    for stage in stages:
-      result = stage(r, spec, Chunk(spec, index, piece), *(result or ()))
-
-  if spec.chunks == 1:
-    through(0)
-    return
-  first = quotient(piece[0], spec.chunk)
-  end = quotient(piece[1] + spec.chunk - 1, spec.chunk)
+  first = quotient(segment[0], size)
+  end = quotient(segment[1] + size - 1, size)
   jax.lax.fori_loop(
-      first, end, lambda n, _: through(first + end - 1 - n if reverse else n),
-      None)
+      first, end, lambda n, _: mosaic_tpu.pipeline(
+          [first + end - 1 - n if backward else n], stages), None)
 
 
-class Chunk:
-  """The steps of a chunk that belong to a piece: how they load and store."""
+class Steps:
+  """The steps of a chunk that are in a segment: how they load and store."""
 
-  def __init__(self, spec, index, piece):
+  def __init__(self, plan, index, segment):
+    size = plan.blocks.chunk
     self.index = index
-    self.start = index * spec.chunk
+    self.start = index * size
     if not isinstance(index, int):
-      self.start = pl.multiple_of(self.start, spec.chunk)
-    self.rows = pl.ds(self.start, spec.chunk)
-    self.piece = piece
+      self.start = pl.multiple_of(self.start, size)
+    self.rows = pl.ds(self.start, size)
+    self.segment = segment
 
   def _inside(self, shape, axis):
     step = jax.lax.broadcasted_iota(jnp.int32, shape, axis) + self.start
-    return (step >= self.piece[0]) & (step < self.piece[1])
+    return (step >= self.segment[0]) & (step < self.segment[1])
 
   def load(self, ref):
-    """[..., C, width] of a ref of the block, zero outside the piece."""
+    """[..., C, width] of a ref of the block, zero outside the segment."""
     x = ref[..., self.rows, :]
-    if self.piece is None:
+    if self.segment is None:
       return x
     inside = self._inside(x.shape, x.ndim - 2)
     return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
   def store(self, ref, x):
-    """Writes the steps inside the piece."""
-    if self.piece is not None:
+    """Writes the steps inside the segment."""
+    if self.segment is not None:
       old = ref[..., self.rows, :].astype(jnp.float32)
       x = jnp.where(self._inside(x.shape, x.ndim - 2), x, old)
     ref[..., self.rows, :] = x.astype(ref.dtype)
 
   def load_row(self, ref):
-    """[1,C] of a ref of the block, zero outside the piece."""
+    """[1,C] of a ref of the block, zero outside the segment."""
     x = ref[:, self.rows]
-    return x if self.piece is None else jnp.where(
+    return x if self.segment is None else jnp.where(
         self._inside(x.shape, 1), x, 0.0)
 
   def store_row(self, ref, x):
-    """Writes the lanes [1,C] inside the piece."""
-    if self.piece is not None:
+    """Writes the lanes [1,C] inside the segment."""
+    if self.segment is not None:
       x = jnp.where(self._inside(x.shape, 1), x, ref[:, self.rows])
     ref[:, self.rows] = x
-
-
-def decay_scratch(spec, decay, *, after):
-  """Shapes of what `write_decays` writes, by name: None without decays.
-
-  Args:
-    spec: tpu_blocks.Spec.
-    decay: the op's argument.
-    after: whether `Decays.to_state` is called.
-  """
-  shapes = dict(pairs=(spec.chunks, spec.chunk, spec.chunk),
-                before=(spec.chunks, spec.chunk, LANES),
-                after=(spec.chunks, spec.chunk, LANES) if after else None)
-  return shapes if decay is not None else dict.fromkeys(shapes)
 
 
 class Decays:
@@ -136,12 +112,12 @@ class Decays:
     all: [1,1], from the state before to the state after.
   """
 
-  def __init__(self, r, chunk):
-    self._before, self._after = r.before, r.after
-    self._index = chunk.index
-    self.pairs = r.pairs[chunk.index]
+  def __init__(self, ref, steps):
+    self._before, self._after = ref.before, ref.after
+    self._index = steps.index
+    self.pairs = ref.pairs[steps.index]
     self.after = self.pairs[-1:]
-    self.all = r.before[chunk.index, -1:, :1]
+    self.all = ref.before[steps.index, -1:, :1]
 
   def from_state(self, x):
     """[...,C,width] times the decay from the state before the chunk."""
@@ -157,22 +133,22 @@ def _columns(x, width):
   return jnp.concatenate([x] * pl.cdiv(width, LANES), axis=1)[:, :width]
 
 
-def decays_of(r, chunk):
+def decays_of(ref, steps):
   """Decays of a chunk, None without."""
-  return None if r.decay is None else Decays(r, chunk)
+  return None if ref.decay is None else Decays(ref, steps)
 
 
-def write_decays(r, spec, chunk):
+def write_decays(ref, plan, steps):
   """Writes the decays of a chunk.
 
   Nothing is subtracted: sums of logs are <= 0 however they round, and exact
   beside a decay of any size. They are products of ones with the three bfloat16
   that make a float32.
   """
-  logs = rest = chunk.load_row(r.decay)
-  steps = spec.chunk
-  row = jax.lax.broadcasted_iota(jnp.int32, (steps, steps), 0)
-  lane = jax.lax.broadcasted_iota(jnp.int32, (steps, steps), 1)
+  logs = rest = steps.load_row(ref.decay)
+  size = plan.blocks.chunk
+  row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+  lane = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
   later = (row > lane).astype(jnp.float32).astype(jnp.bfloat16)
   between = 0.0
   for _ in range(3):
@@ -181,11 +157,11 @@ def write_decays(r, spec, chunk):
     part = jnp.where(row >= lane, part, 0.0).astype(jnp.bfloat16)
     between = between + dot(part, later, NN)
   pairs = jnp.exp2(between)
-  r.pairs[chunk.index] = pairs
-  r.before[chunk.index] = jnp.broadcast_to(
-      pairs[:, :1] * jnp.exp2(logs[:, :1]), (steps, LANES))
-  if r.after is not None:
-    r.after[chunk.index] = jnp.broadcast_to(pairs[-1:], (LANES, steps)).T
+  ref.pairs[steps.index] = pairs
+  ref.before[steps.index] = jnp.broadcast_to(
+      pairs[:, :1] * jnp.exp2(logs[:, :1]), (size, LANES))
+  if ref.after is not None:
+    ref.after[steps.index] = jnp.broadcast_to(pairs[-1:], (LANES, size)).T
 
 
 def causal(shape):
@@ -202,12 +178,12 @@ def weights(q, k, decays):
   return jnp.where(causal(W.shape), W, 0.0)
 
 
-def denominator(q, W, z, decays, eps):
+def denominator(plan, q, W, z, decays):
   """[G,C,1]."""
   carried = q.astype(jnp.float32) * z
   if decays is not None:
     carried = decays.from_state(carried)
-  return row_sums(W, carried) + eps
+  return row_sums(W, carried) + plan.rule.normalize
 
 
 def row_sums(x, y):
@@ -218,15 +194,18 @@ def row_sums(x, y):
           + jnp.sum(y, axis=-1, keepdims=True))
 
 
-def update(k, v, decays, eps):
+def update(plan, k, v, decays):
   """What a chunk adds to S, and to z, None without a normaliser."""
   ones = jnp.ones((1, len(k)), jnp.float32)
-  turned = k.T
+  transposed = k.T
   if decays is not None:
     ones = decays.after
-    turned = (turned.astype(jnp.float32) * decays.after).astype(k.dtype)
-  return dot(turned, v, NN), (
-      None if eps is None else dot(ones.astype(k.dtype), k, NN))
+    transposed = transposed.astype(jnp.float32) * decays.after
+    transposed = transposed.astype(k.dtype)
+  S, z = dot(transposed, v, NN), None
+  if plan.rule.normalize is not None:
+    z = dot(ones.astype(k.dtype), k, NN)
+  return S, z
 
 
 def kept(state, decays):

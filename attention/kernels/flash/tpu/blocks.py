@@ -1,4 +1,4 @@
-"""How the TPU kernels cut their work: sizes of blocks, order of visits."""
+"""How the TPU kernels of flash attention cut their work: blocks and visits."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from attention.kernels import dispatch
-from attention.kernels.tpu_tiles import round_up
+from attention.kernels.mosaic_tpu import LANES, round_up, vmem_bytes
 
 # What the mask leaves of a block of [queries, keys]: nothing, a part of no
 # known shape, the lower triangle (diagonal to diagonal), everything.
@@ -40,10 +40,6 @@ class Blocks(NamedTuple):
   packed: int = 512
 
 
-# Bytes of VMEM of one core.
-_VMEM = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,
-         '7x': 64 << 20}
-
 # The first row that fits is taken: generations (none is any), least width of
 # the wider of H and V, least itemsize, then forward and backward blocks.
 #
@@ -75,18 +71,14 @@ _TABLE = (
     ((), 0, 2, Blocks(512, 512, 256, 128, 4), Blocks(512, 512, 128, 512, 2)),
 )
 
-
 # Least bound that a window sets on a block.
 _SHORTEST = 256
 
 
-def vmem_bytes():
-  """Returns the bytes of VMEM of a core: the least of all where unknown."""
-  return _VMEM.get(dispatch.target().chip, min(_VMEM.values()))
-
-
-def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
+def sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
   """Returns the Blocks for T queries and S keys of a head.
+
+  Tests put a function with other sizes in its place.
 
   Args:
     T: queries. A short sequence gets blocks of its own size, rounded up to
@@ -112,6 +104,16 @@ def block_sizes(T, S, *, widest, itemsize, backward, window=0, packed=False):
   return blocks._replace(
       q=q, k=k, tile_q=tile_q if q % tile_q == 0 else 128,
       tile_k=tile_k if k % tile_k == 0 else 128)
+
+
+def most_keys(H, V, itemsize):
+  """Keys whose dk and dv take a third of VMEM: sums and two output buffers.
+
+  Tests put a function with less of them in its place.
+  """
+  lanes = round_up(H, LANES) + round_up(V, LANES)
+  bytes_a_key = lanes * (4 + 2 * itemsize)
+  return max(vmem_bytes() // 3 // bytes_a_key // 512, 1) * 512
 
 
 def _even(length, most):
