@@ -47,17 +47,19 @@ def launch(kernel, plan, *, name, grid, operands, outputs, scratch,
   Returns:
     {name: array or None} of the outputs.
   """
-  absent = dict.fromkeys((*operands, *outputs))
-  no_scratch = dict.fromkeys(scratch)
-  operands, outputs, scratch = map(_present, (operands, outputs, scratch))
+  present = lambda named: {
+      name: x for name, x in named.items() if x is not None}
 
-  def named(*refs, **buffers):
-    gmem = dict(zip((*operands, *outputs), refs, strict=True))
-    kernel(types.SimpleNamespace(**absent | gmem),
-           types.SimpleNamespace(**no_scratch | buffers), plan)
+  def body(*refs, **buffers):
+    names = *present(operands), *present(outputs)
+    arrays = dict(zip(names, refs, strict=True))
+    gmem = dict.fromkeys((*operands, *outputs)) | arrays
+    smem = dict.fromkeys(scratch) | buffers
+    kernel(types.SimpleNamespace(**gmem), types.SimpleNamespace(**smem), plan)
 
   results = plgpu.kernel(
-      named, out_type=list(outputs.values()), scratch_types=scratch,
+      body, out_type=list(present(outputs).values()),
+      scratch_types=present(scratch),
       grid=tuple(grid.values()), grid_names=tuple(grid),
       num_threads=warpgroups, thread_name='warpgroup', kernel_name=name,
       compiler_params=plgpu.CompilerParams(
@@ -65,12 +67,10 @@ def launch(kernel, plan, *, name, grid, operands, outputs, scratch,
           # jax 0.11 made Warpgroup the default, which searches for layouts and
           # gives up on these kernels. They name theirs.
           lowering_semantics=plgpu.LoweringSemantics.Lane,
-          unsafe_no_auto_barriers=not automatic_barriers))(*operands.values())
-  return absent | dict(zip(outputs, results, strict=True))
-
-
-def _present(named):
-  return {name: x for name, x in named.items() if x is not None}
+          unsafe_no_auto_barriers=not automatic_barriers))(
+              *present(operands).values())
+  return dict.fromkeys(outputs) | dict(
+      zip(present(outputs), results, strict=True))
 
 
 def pad(x, *, axis, multiple=8, mode='constant'):
