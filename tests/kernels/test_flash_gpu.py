@@ -191,8 +191,9 @@ def test_fully_visible_blocks_take_no_mask_and_empty_ones_no_time():
       Rule(0.1, window=384), segments=True, S=1024, G=1, block=128, stages=2)
   ids = jnp.repeat(jnp.arange(2), 512)[None]
   q = jnp.zeros((1, 1024, 1, 64))
-  *_, spans = blocks.query_spans(plan, Operands(q, q, q, ids, ids, 0))
-  spans = blocks.Span(*np.moveaxis(np.asarray(spans[0]), -1, 0))
+  operands = Operands(q, q, q, ids, ids, 0)
+  spans = blocks.query_spans(plan, operands)['spans'][0]
+  spans = blocks.Span(*np.moveaxis(np.asarray(spans), -1, 0))
   np.testing.assert_array_equal(spans.start, [0, 0, 0, 0, 4, 4, 4, 4])
   np.testing.assert_array_equal(spans.stop, np.arange(1, 9))
   full = [list(range(a, b)) for a, b in zip(spans.full_start, spans.full_stop)]

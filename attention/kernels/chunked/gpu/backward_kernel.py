@@ -127,7 +127,8 @@ def _make_dq(gmem, smem, plan, place):
       rows += queries_by(dq)
     mosaic_gpu.wait_read()
     smem.dq[...] = dq.astype(dtype)
-    mosaic_gpu.copy_out([(smem.dq, gmem.dq.at[batch, times, head * plan.G + member])])
+    mosaic_gpu.copy_out(
+        [(smem.dq, gmem.dq.at[batch, times, head * plan.G + member])])
     mosaic_gpu.arrive(smem.free.at[slot])
 
     @pl.when(member + slots < plan.G)

@@ -20,8 +20,9 @@ from attention.kernels.mosaic_gpu import (
 
 
 def dq_kernel(gmem, smem, plan):
-  span, batch, head, kv_head, tile, warpgroup = blocks.query_tile(
-      gmem.spans, plan)
+  batch, head, tile, span, warpgroup = blocks.place(
+      gmem.spans, largest_first=True)
+  kv_head = lax.div(head, jnp.int32(plan.G))
 
   def sources(block, head):
     del head
@@ -30,9 +31,6 @@ def dq_kernel(gmem, smem, plan):
              [(gmem.k.at[batch, keys, kv_head], smem.k),
               (gmem.v.at[batch, keys, kv_head], smem.v),
               *optional(gmem.ring_ids, (batch, keys), smem.ring_ids)])]
-
-  def copy():
-    blocks.feed(plan, span, 1, sources)
 
   def compute():
     row = tile * blocks.HEIGHT + warpgroup * ROWS
@@ -78,13 +76,13 @@ def dq_kernel(gmem, smem, plan):
         [(smem.q.at[warpgroup], gmem.dq.at[batch, rows, head])])
     mosaic_gpu.wait_written()
 
+  copy = functools.partial(blocks.feed, plan, span, 1, sources)
   blocks.divide_work(warpgroup, copy, compute, registers=(24, 240))
 
 
 def dkv_kernel(gmem, smem, plan):
   """dk, dv or both, whichever are outputs, summed over a group of heads."""
-  batch, kv_head, tile, warpgroup = blocks.coordinates()
-  span = blocks.read_span(gmem.spans, batch, tile)
+  batch, kv_head, tile, span, warpgroup = blocks.place(gmem.spans)
 
   def sources(block, head):
     queries = pl.ds(block * plan.block, plan.block)
@@ -96,9 +94,6 @@ def dkv_kernel(gmem, smem, plan):
               (gmem.delta.at[batch, head, queries], smem.delta),
               (gmem.positions.at[queries], smem.positions),
               *optional(gmem.ring_ids, (batch, queries), smem.ring_ids)])]
-
-  def copy():
-    blocks.feed(plan, span, plan.G, sources)
 
   def compute():
     row = tile * blocks.HEIGHT + warpgroup * ROWS
@@ -132,6 +127,7 @@ def dkv_kernel(gmem, smem, plan):
     mosaic_gpu.copy_out(copies)
     mosaic_gpu.wait_written()
 
+  copy = functools.partial(blocks.feed, plan, span, plan.G, sources)
   blocks.divide_work(warpgroup, copy, compute, registers=(24, 240))
 
 

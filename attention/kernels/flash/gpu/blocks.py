@@ -38,21 +38,22 @@ class Span(NamedTuple):
 
 
 def query_spans(plan, operands):
-  """For kernels that walk over keys: padded ids of queries, of keys, spans."""
+  """own_ids, ring_ids and spans, by name, of kernels that walk over keys."""
   ids = _pad_ids(operands, HEIGHT, plan.block)
   some, every = _block_masks(plan, operands, HEIGHT, plan.block, ids)
   # Past the end there are keys of zeros.
   whole = jnp.arange(1, every.shape[-1] + 1) * plan.block <= plan.S
-  return *ids, _make_spans(some, every & whole, operands.q_offset)
+  spans = _make_spans(some, every & whole, operands.q_offset)
+  return dict(own_ids=ids[0], ring_ids=ids[1], spans=spans)
 
 
 def key_spans(plan, operands):
-  """For kernels that walk over queries: padded ids of keys, of queries, spans.
-  """
+  """own_ids, ring_ids and spans, by name, of those that walk over queries."""
   ids = _pad_ids(operands, plan.block, HEIGHT)
   masks = _block_masks(plan, operands, plan.block, HEIGHT, ids)
   some, every = (jnp.swapaxes(x, 1, 2) for x in masks)
-  return *ids[::-1], _make_spans(some, every, operands.q_offset)
+  spans = _make_spans(some, every, operands.q_offset)
+  return dict(own_ids=ids[1], ring_ids=ids[0], spans=spans)
 
 
 def _pad_ids(operands, rows, columns):
@@ -110,7 +111,7 @@ def _make_spans(some, every, q_offset):
       [start, full_start, full_stop, stop, offset], -1).astype(jnp.int32)
 
 
-def read_span(spans, batch, tile):
+def _read_span(spans, batch, tile):
   if spans.shape[0] == 1:
     batch = 0
   return Span(*(spans[batch, tile, i] for i in range(5)))
@@ -142,23 +143,17 @@ def _divmod(step, n, G):
   return (0, step) if G == 1 else (lax.div(step, n), lax.rem(step, n))
 
 
-def coordinates():
-  return [lax.axis_index(x) for x in ('b', 'n', 'tile', 'warpgroup')]
-
-
-def query_tile(spans, plan):
-  """What a thread block of queries works on, in a kernel that walks over keys.
-
-  Returns its span, batch, head, key head, tile and warpgroup.
-  """
-  batch, head, tile, warpgroup = coordinates()
+def place(spans, *, largest_first=False):
+  """Batch, head, tile of rows, span and warpgroup."""
+  batch, head, tile, warpgroup = map(
+      lax.axis_index, ('b', 'n', 'tile', 'warpgroup'))
   # The last queries see the most keys under a causal mask: they start first.
-  tile = spans.shape[1] - 1 - tile
-  kv_head = lax.div(head, jnp.int32(plan.G))
-  return read_span(spans, batch, tile), batch, head, kv_head, tile, warpgroup
+  if largest_first:
+    tile = spans.shape[1] - 1 - tile
+  return batch, head, tile, _read_span(spans, batch, tile), warpgroup
 
 
-def divide_work(warpgroup, copy, compute, registers):
+def divide_work(warpgroup, copy, compute, *, registers):
   """One warpgroup copies and the others compute, with (few, many) registers."""
   few, many = registers
 

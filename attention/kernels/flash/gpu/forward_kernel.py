@@ -17,8 +17,9 @@ _FLOOR = -3e38
 
 
 def kernel(gmem, smem, plan):
-  span, batch, head, kv_head, tile, warpgroup = blocks.query_tile(
-      gmem.spans, plan)
+  batch, head, tile, span, warpgroup = blocks.place(
+      gmem.spans, largest_first=True)
+  kv_head = lax.div(head, jnp.int32(plan.G))
 
   def sources(block, head):
     del head
@@ -29,9 +30,6 @@ def kernel(gmem, smem, plan):
           *optional(gmem.ring_ids, (batch, keys), smem.ring_ids)]),
         (smem.v_free, smem.v_ready,
          [(gmem.v.at[batch, keys, kv_head], smem.v)])]
-
-  def copy():
-    blocks.feed(plan, span, 1, sources)
 
   def compute():
     row = tile * blocks.HEIGHT + warpgroup * ROWS
@@ -58,6 +56,7 @@ def kernel(gmem, smem, plan):
         (smem.lse.at[warpgroup], gmem.lse.at[batch, head, rows])])
     mosaic_gpu.wait_written()
 
+  copy = functools.partial(blocks.feed, plan, span, 1, sources)
   blocks.divide_work(warpgroup, copy, compute, registers=(40, 232))
 
 

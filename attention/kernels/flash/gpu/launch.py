@@ -62,12 +62,10 @@ def forward(plan, arrays, *, operands):
   B, T, N, H = q.shape
   V = arrays['v'].shape[-1]
   tiles = pl.cdiv(T, HEIGHT)
-  own_ids, ring_ids, spans = blocks.query_spans(plan, operands)
   return mosaic_gpu.launch(
       forward_kernel.kernel, plan, name='flash_forward',
       grid=dict(b=B, n=N, tile=tiles),
-      operands=arrays | dict(
-          own_ids=own_ids, ring_ids=ring_ids, spans=spans),
+      operands=arrays | blocks.query_spans(plan, operands),
       outputs=dict(out=output(B, T, N, V, dtype=q.dtype),
                    lse=output(B, N, tiles * HEIGHT)),
       scratch=dict(
@@ -98,12 +96,10 @@ def dq(plan, arrays, *, operands):
   q = arrays['q']
   B, T, N, H = q.shape
   V = arrays['v'].shape[-1]
-  own_ids, ring_ids, spans = blocks.query_spans(plan, operands)
   return mosaic_gpu.launch(
       backward_kernel.dq_kernel, plan, name='flash_dq',
       grid=dict(b=B, n=N, tile=pl.cdiv(T, HEIGHT)),
-      operands=arrays | dict(
-          own_ids=own_ids, ring_ids=ring_ids, spans=spans),
+      operands=arrays | blocks.query_spans(plan, operands),
       outputs=dict(dq=like(q)),
       scratch=dict(
           q=_own_tile(H, q.dtype), dout=_own_tile(V, q.dtype),
@@ -124,14 +120,12 @@ def dkv(plan, arrays, *, names, operands):
   q, k, v = (arrays[name] for name in 'qkv')
   B, _, K, H = k.shape
   V = v.shape[-1]
-  own_ids, ring_ids, spans = blocks.key_spans(plan, operands)
   positions = jnp.arange(arrays['lse'].shape[-1], dtype=jnp.int32)
   results = mosaic_gpu.launch(
       backward_kernel.dkv_kernel, plan, name='flash_' + '_'.join(names),
       grid=dict(b=B, n=K, tile=pl.cdiv(plan.S, HEIGHT)),
-      operands=arrays | dict(
-          positions=positions + operands.q_offset, own_ids=own_ids,
-          ring_ids=ring_ids, spans=spans),
+      operands=arrays | blocks.key_spans(plan, operands) | dict(
+          positions=positions + operands.q_offset),
       outputs=dict(dk=like(k) if 'dk' in names else None,
                    dv=like(v) if 'dv' in names else None),
       scratch=dict(

@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 def kernel(gmem, smem, plan):
-  batch, part, channels = chunks.coordinates()
+  batch, part, channels = place = chunks.coordinates()
   block = lax.axis_index('e')
   single = plan.tiles == 1
 
@@ -80,10 +80,6 @@ def kernel(gmem, smem, plan):
     for s in range(plan.tiles):
       smem.dA[s] = empty
   plgpu.commit_smem()
-
-  def copies(chunk):
-    return chunks.copies(gmem, smem, batch, channels, chunk) + [
-        (gmem.states.at[batch, chunk, :, channels], smem.state)]
 
   def visit(chunk, slot, carry):
     load_step = functools.partial(_load_step, smem, plan, slot, chunk, bias)
@@ -111,8 +107,8 @@ def kernel(gmem, smem, plan):
     return carry
 
   dbias, dskip, *tiles = chunks.walk(
-      smem, plan, chunks.span(plan, part), copies=copies, visit=visit,
-      carry=carry, reverse=True)
+      gmem, smem, plan, place, visit=visit, carry=carry, states=gmem.states,
+      reverse=True)
   smem.rows[0], smem.rows[1] = dbias, dskip
   dA_buffer = smem.kept.at[pl.ds(0, 1)] if single else smem.dA
   if single:

@@ -25,7 +25,7 @@ _ARTANH = (1.0, 0.33333161, 0.20012298, 0.13982579, 0.14078889)
 
 
 def coordinates():
-  """Batch, part of the sequence and channels of a thread block."""
+  """The place of a thread block: batch, part of the sequence, channels."""
   batch, part, block = map(lax.axis_index, ('b', 'part', 'e'))
   return batch, part, pl.ds(block * CHANNELS, CHANNELS)
 
@@ -41,34 +41,37 @@ def steps(chunk):
   return pl.ds(chunk * CHUNK, CHUNK)
 
 
-def copies(gmem, smem, batch, channels, chunk):
-  """Copies of a chunk of the series that there are, and of what they share."""
-  index = batch, steps(chunk), channels
-  return [
-      *optional(gmem.x, index, smem.x), *optional(gmem.dt, index, smem.dt),
-      *optional(gmem.z, index, smem.z), *optional(gmem.dy, index, smem.dy),
-      (gmem.common.at[batch, steps(chunk)], smem.common)]
+def walk(gmem, smem, plan, place, *, visit, carry, states=None, reverse=False):
+  """Folds visit(chunk, slot, carry) over the chunks of a part.
 
-
-def walk(smem, plan, span, *, copies, visit, carry, reverse=False):
-  """Folds visit(chunk, slot, carry) over chunks that are loaded ahead.
+  They are loaded ahead: those of the series that there are, and what is common
+  to all channels.
 
   Args:
-    smem: `ready`, a barrier of each stage for as many arrivals as copies.
+    gmem: series and common.
+    smem: buffers for them, and `ready`, barriers of their copies.
     plan: launch.Plan.
-    span: first chunk, and how many there are.
-    copies: chunk -> pairs of source and buffer [stages, ...].
+    place: of coordinates.
     visit: leaves with a commit_smem after its last look at the buffers, and
       with no copy out of them under way.
     carry: of the fold.
+    states: [B,chunks,..], to be loaded too, or None.
     reverse: the last chunk comes first.
   """
-  first, n = span
+  batch, part, channels = place
+  first, n = span(plan, part)
   order = lambda i: first + n - 1 - i if reverse else first + i
 
   def load(i, slot):
+    chunk = order(i)
+    index = batch, steps(chunk), channels
+    copies = [
+        *optional(gmem.x, index, smem.x), *optional(gmem.dt, index, smem.dt),
+        *optional(gmem.z, index, smem.z), *optional(gmem.dy, index, smem.dy),
+        (gmem.common.at[batch, steps(chunk)], smem.common),
+        *optional(states, (batch, chunk, slice(None), channels), smem.state)]
     mosaic_gpu.copy_in(
-        [(source, buffer.at[slot]) for source, buffer in copies(order(i))],
+        [(source, buffer.at[slot]) for source, buffer in copies],
         smem.ready.at[slot])
 
   def step(i, carry):

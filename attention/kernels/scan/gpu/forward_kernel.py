@@ -27,7 +27,7 @@ _UNROLL = 4  # steps whose loads and exponentials overlap
 
 
 def kernel(gmem, smem, plan):
-  batch, part, channels = chunks.coordinates()
+  batch, part, channels = place = chunks.coordinates()
   first, n = chunks.span(plan, part)
   tiles = range(plan.tiles)
   load_states = lambda: [chunks.load_tile(smem.state.at[s]) for s in tiles]
@@ -44,9 +44,6 @@ def kernel(gmem, smem, plan):
   # As it came: no thread has written it, and there is nothing to commit.
   plgpu.copy_smem_to_gmem(
       smem.state, gmem.states.at[batch, first, :, channels])
-
-  def copies(chunk):
-    return chunks.copies(gmem, smem, batch, channels, chunk)
 
   def visit(chunk, slot, h):
     def group(i, h):
@@ -79,8 +76,7 @@ def kernel(gmem, smem, plan):
           plgpu.copy_smem_to_gmem, smem.state, target.at[:, channels]))
     return h
 
-  chunks.walk(smem, plan, (first, n), copies=copies, visit=visit,
-              carry=load_states())
+  chunks.walk(gmem, smem, plan, place, visit=visit, carry=load_states())
   mosaic_gpu.wait_written()
 
 

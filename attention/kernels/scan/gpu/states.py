@@ -82,7 +82,7 @@ def cut(plan, starts):
 
 def kernel(gmem, smem, plan):
   """What parts end with from zero, and the sums of their step sizes."""
-  batch, part, channels = chunks.coordinates()
+  batch, part, channels = place = chunks.coordinates()
   tiles = range(plan.tiles)
   mosaic_gpu.copy_in(
       [(gmem.A.at[:, channels], smem.state),
@@ -91,9 +91,6 @@ def kernel(gmem, smem, plan):
   A = [chunks.load_tile(smem.state.at[s]) for s in tiles]
   bias = load_row(smem.rows.at[0])
   plgpu.commit_smem()
-
-  def copies(chunk):
-    return chunks.copies(gmem, smem, batch, channels, chunk)
 
   def visit(chunk, slot, carry):
     def group(i, carry):
@@ -123,8 +120,8 @@ def kernel(gmem, smem, plan):
 
   zero = [chunks.empty_tile(plan) for _ in tiles]
   total, *h = chunks.walk(
-      smem, plan, chunks.span(plan, part), copies=copies, visit=visit,
-      carry=(chunks.empty_row(), *zero), reverse=plan.reverse)
+      gmem, smem, plan, place, visit=visit, carry=(chunks.empty_row(), *zero),
+      reverse=plan.reverse)
   smem.rows[0] = total
   for s in tiles:
     smem.state[s] = h[s]
