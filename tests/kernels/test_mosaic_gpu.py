@@ -1,8 +1,12 @@
 """What all kernels for Hopper have in common."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxprs_in_params
 
@@ -19,32 +23,54 @@ def struct(*shape, dtype=jnp.bfloat16):
 
 
 f32 = jnp.float32
-SERIES = struct(1, 70, 32)
-SHARED = struct(1, 70, 8)
 HEADS = struct(1, 70, 2, 16)
-# Of every op what runs all of its kernels, and how many they are.
+WIDE = struct(1, 70, 2, 256)
+IDS = np.repeat(np.arange(2, dtype=np.int32), 35)[None]
+
+
+def flash(q, k, v, **options):
+  return flash_attention(q, k, v, scale=1.0, implementation='gpu', **options)
+
+
+def scan(x, dt, A, B, C, D):
+  return selective_scan(x, dt, A, B, C, D, implementation='gpu')
+
+
+def scan_arrays(T):
+  series, shared = struct(1, T, 32), struct(1, T, 8)
+  return (series, series, struct(32, 8, dtype=f32), shared, shared,
+          struct(32, dtype=f32))
+
+
+def chunked(q, k, v, decay=None, **options):
+  return chunked_linear_attention(
+      q, k, v, decay=decay, normalize=1e-6, implementation='gpu', **options)
+
+
+# Calls that run all kernels of every op, and how many that are.
 CALLS = {
-    'flash': (
-        lambda q, k, v: flash_attention(
-            q, k, v, scale=1.0, implementation='gpu'),
-        (HEADS, HEADS, HEADS), 3),
-    'flash wide': (
-        lambda q, k, v: flash_attention(
-            q, k, v, scale=1.0, implementation='gpu'),
-        (struct(1, 70, 2, 256),) * 3, 4),
-    'scan': (
-        lambda *arrays: selective_scan(*arrays, implementation='gpu'),
-        (SERIES, SERIES, struct(32, 8, dtype=f32), SHARED, SHARED,
-         struct(32, dtype=f32)), 2),
-    'scan in parts': (
-        lambda *arrays: selective_scan(*arrays, implementation='gpu'),
-        (struct(1, 300, 32), struct(1, 300, 32), struct(32, 8, dtype=f32),
-         struct(1, 300, 8), struct(1, 300, 8), struct(32, dtype=f32)), 4),
-    'chunked': (
-        lambda q, k, v: chunked_linear_attention(
-            q, k, v, normalize=1e-6, implementation='gpu'),
-        (HEADS, HEADS, HEADS), 4),
+    'flash': (flash, (HEADS,) * 3, 3),
+    'flash-everything': (
+        functools.partial(flash, window=20, softcap=5.0, segment_ids=IDS),
+        (HEADS,) * 3, 3),
+    'flash-wide': (flash, (WIDE,) * 3, 4),
+    'scan': (scan, scan_arrays(70), 2),
+    'scan-parts': (scan, scan_arrays(300), 4),
+    'chunked': (chunked, (HEADS,) * 3, 4),
+    'chunked-everything': (
+        functools.partial(chunked, starts=np.diff(IDS, prepend=0) > 0),
+        (*(HEADS,) * 3, struct(1, 70, 2, dtype=f32)), 4),
 }
+
+
+def gradient(function):
+  """Forward and backward of a call, in all of its arguments."""
+  def loss(*arguments):
+    return sum(x.astype(f32).sum()
+               for x in jax.tree.leaves(function(*arguments)))
+
+  return lambda *arguments: jax.grad(
+      loss, argnums=tuple(range(len(arguments))))(*arguments)
 
 
 def compiler_params(jaxpr):
@@ -60,18 +86,24 @@ def compiler_params(jaxpr):
 
 @pytest.mark.parametrize('call', CALLS)
 def test_names_its_lowering_semantics(call):
-  """Of a version's default the kernels of another one would not compile."""
+  """The default is not the same in every version of jax."""
   function, arguments, number = CALLS[call]
-
-  def loss(*arguments):
-    return sum(x.astype(f32).sum()
-               for x in jax.tree.leaves(function(*arguments)))
-
-  gradient = jax.grad(loss, argnums=tuple(range(len(arguments))))
-  found = compiler_params(jax.make_jaxpr(gradient)(*arguments).jaxpr)
+  found = compiler_params(
+      jax.make_jaxpr(gradient(function))(*arguments).jaxpr)
   assert len(found) == number
   assert {x.lowering_semantics for x in found} == {
       plgpu.LoweringSemantics.Lane}
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_lowers_for_cuda(call):
+  """On every version of jax, with no plugin."""
+  function, arguments, number = CALLS[call]
+  module = export.export(
+      jax.jit(gradient(function)), platforms=['cuda'],
+      disabled_checks=[
+          export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')])(*arguments)
+  assert module.mlir_module().count('custom_call @mosaic_gpu') == number
 
 
 def test_what_a_call_lacks_is_none():

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -211,17 +210,6 @@ def test_parts_fill_the_chip(blocks, chunks, number):
   assert states.number(blocks, chunks) == number
   length = -(-chunks // number)
   assert (number - 1) * length < chunks, 'no part is empty'
-
-
-def test_lowers_for_cuda(sized):
-  """On every version of jax, with no plugin."""
-  sized(state=16, cut=2)
-  arguments = example(40, EVERYTHING)
-  module = export.export(
-      jax.jit(lambda arguments: run(kernel(), arguments)), platforms=['cuda'],
-      disabled_checks=[
-          export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')])(arguments)
-  assert module.mlir_module().count('custom_call @mosaic_gpu') == 4
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def kernel(gmem, smem, plan):
        (gmem.rows.at[:, channels], smem.rows)], smem.once)
   mosaic_gpu.wait(smem.once)
   bias, skip = load_row(smem.rows.at[0]), load_row(smem.rows.at[1])
-  nothing, empty = chunks.empty_row(), chunks.empty_tile(plan)
+  nothing, empty = chunks.zero_row(), chunks.zero_tile(plan)
   carry = nothing, nothing
   if single:
     A = load_tile(smem.kept.at[0])
@@ -180,9 +180,8 @@ def _walk_tiles_back(smem, plan, slot, A, load_step, finish, store_sums,
     store_sums: called after each tile with its index.
     sums: see _finish.
   """
-  parts = range(3)
-  nothing = chunks.empty_row()
-  for i in parts:
+  nothing = chunks.zero_row()
+  for i in range(3):
     for t in range(CHUNK):
       smem.over_states[i, t] = nothing
 
@@ -205,7 +204,7 @@ def _walk_tiles_back(smem, plan, slot, A, load_step, finish, store_sums,
   lax.fori_loop(0, plan.tiles, visit, ())
   return lax.fori_loop(
       0, CHUNK, lambda t, sums: finish(t, load_step(t), *(
-          load_row(smem.over_states.at[i, t]) for i in parts), sums),
+          load_row(smem.over_states.at[i, t]) for i in range(3)), sums),
       sums)
 
 

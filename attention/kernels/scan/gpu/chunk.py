@@ -98,11 +98,11 @@ def store_row(ref, row):
   ref[...] = row.astype(ref.dtype)
 
 
-def empty_tile(plan):
+def zero_tile(plan):
   return mosaic_gpu.filled((CHANNELS, plan.width), 0.0, TILE)
 
 
-def empty_row():
+def zero_row():
   return mosaic_gpu.filled((CHANNELS,), 0.0, ROW)
 
 

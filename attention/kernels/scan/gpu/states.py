@@ -118,9 +118,9 @@ def kernel(gmem, smem, plan):
     plgpu.commit_smem()
     return carry
 
-  zero = [chunks.empty_tile(plan) for _ in tiles]
+  zero = [chunks.zero_tile(plan) for _ in tiles]
   total, *h = chunks.walk(
-      gmem, smem, plan, place, visit=visit, carry=(chunks.empty_row(), *zero),
+      gmem, smem, plan, place, visit=visit, carry=(chunks.zero_row(), *zero),
       reverse=plan.reverse)
   smem.rows[0] = total
   for s in tiles:
