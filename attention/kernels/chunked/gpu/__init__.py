@@ -53,7 +53,7 @@ def forward(operands, rule):
     sums = () if rule.normalize is None else (weights.after,)
     scales = _scales(weights.after, weights.kept, *sums)
   S = launch.walk(plan._replace(G=1), x=k, y=v, scales=scales, s=s0, z=z0)
-  out = launch.outputs(plan, q=q, k=k, v=v, states=S['states'],
+  out = launch.forward(plan, q=q, k=k, v=v, states=S['states'],
                        z=S['z_states'], weights=weights)
   y = out['y'][:, :time]
   saved = (S['states'], S['z_states'])

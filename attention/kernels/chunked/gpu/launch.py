@@ -89,24 +89,24 @@ def walk(plan, *, x, y, scales, s, z):
           ready=barrier(2 + scaled, STAGES), start=barrier(1 + summed)))
 
 
-def outputs(plan, *, q, k, v, states, z, weights):
+def forward(plan, *, q, k, v, states, z, weights):
   """Runs forward_kernel.kernel; see the glossary.
 
   Returns:
     {'y', 'inverse', None without a normaliser}.
   """
-  B, _, N, H = q.shape
-  K, V = v.shape[2:]
+  B, T, N, H = q.shape
+  V = v.shape[-1]
   summed = z is not None
   slots = min(plan.G, 2)
   tile = functools.partial(mosaic_gpu.tile, dtype=q.dtype, cut=math.gcd(H, V))
   given = weights._replace(after=None, kept=None)._asdict()
   return mosaic_gpu.launch(
       forward_kernel.kernel, plan, name='chunked_outputs',
-      grid=dict(b=B, k=K, chunk=plan.chunks),
+      grid=dict(b=B, k=plan.K, chunk=plan.chunks),
       operands=dict(q=q, k=k, v=v, states=states, z=z) | given,
       outputs=dict(
-          y=output(*q.shape[:3], V, dtype=q.dtype),
+          y=output(B, T, N, V, dtype=q.dtype),
           inverse=output(B, N, plan.chunks * CHUNK) if summed else None),
       scratch=dict(
           q=tile(slots, CHUNK, H), k=tile(CHUNK, H), v=tile(CHUNK, V),
@@ -126,16 +126,16 @@ def gradients(plan, *, q, k, v, dy, states, dstates, inverse, z, dz, weights):
     decays.
   """
   B, _, _, H = q.shape
-  K, V = v.shape[2:]
+  V = v.shape[-1]
   summed, decayed = z is not None, weights.levels is not None
   slots = min(plan.G, 2)
   tile = functools.partial(mosaic_gpu.tile, dtype=q.dtype, cut=math.gcd(H, V))
   given = weights._replace(kept=None)._asdict()
-  sums = output(B, K, plan.chunks * CHUNK) if decayed else None
+  sums = output(B, plan.K, plan.chunks * CHUNK) if decayed else None
   per_step = buffer(CHUNK) if decayed else None
   return mosaic_gpu.launch(
       backward_kernel.kernel, plan, name='chunked_backward',
-      grid=dict(b=B, k=K, chunk=plan.chunks),
+      grid=dict(b=B, k=plan.K, chunk=plan.chunks),
       operands=dict(q=q, k=k, v=v, dy=dy, states=states, dstates=dstates,
                     inverse=inverse, z=z, dz=dz) | given,
       outputs=dict(dq=like(q), dk=like(k), dv=like(v), rows=sums, columns=sums,

@@ -35,6 +35,7 @@ Blocks of channels vary fastest over the grid: those that run together share B
 and C in the L2 cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -45,6 +46,10 @@ from attention.kernels.mosaic_gpu import barrier, buffer, like, output, pad
 from attention.kernels.scan.gpu import backward_kernel, forward_kernel, states
 from attention.kernels.scan.gpu.backward_kernel import COLUMNS, GROUPS
 from attention.kernels.scan.gpu.chunk import CHANNELS, CHUNK
+
+# Barriers would come with every store. Threads keep to their own channel, and
+# where they do not, commit_smem is the barrier.
+_launch = functools.partial(mosaic_gpu.launch, automatic_barriers=False)
 
 
 class Plan(NamedTuple):
@@ -116,7 +121,7 @@ def forward(plan, arrays, *, h0):
   x = arrays['x']
   B, _, E = x.shape
   tiles = plan.tiles, E, plan.width
-  return mosaic_gpu.launch(
+  return _launch(
       forward_kernel.kernel, plan, name='scan_forward', grid=_grid(plan, x),
       operands=arrays | dict(h0=h0),
       outputs=dict(y=like(x), hT=output(B, *tiles),
@@ -125,8 +130,7 @@ def forward(plan, arrays, *, h0):
           y=_rows(plan, x.dtype), state=_tiles(plan, plan.tiles),
           rows=buffer(2, CHANNELS),
           ready=barrier(3 + plan.gated, plan.stages),
-          once=barrier(2), entered=barrier(1)),
-      automatic_barriers=False)
+          once=barrier(2), entered=barrier(1)))
 
 
 def ends(plan, arrays):
@@ -135,7 +139,7 @@ def ends(plan, arrays):
   arrays = arrays | {unread: None}
   dt = arrays['dt']
   B, _, E = dt.shape
-  return mosaic_gpu.launch(
+  return _launch(
       states.kernel, plan,
       name='scan_adjoint_ends' if plan.reverse else 'scan_ends',
       grid=_grid(plan, dt), operands=arrays,
@@ -144,8 +148,7 @@ def ends(plan, arrays):
       scratch=_series(plan, arrays) | dict(
           state=_tiles(plan, plan.tiles), rows=buffer(2, CHANNELS),
           ready=barrier(3 + (plan.reverse and plan.gated), plan.stages),
-          once=barrier(2)),
-      automatic_barriers=False)
+          once=barrier(2)))
 
 
 def gradients(plan, arrays, *, states, dhT):
@@ -163,7 +166,7 @@ def gradients(plan, arrays, *, states, dhT):
   # Tiles of 64 states fill the shared memory.
   plan = plan._replace(stages=2 if plan.tiles <= 2 else 1)
   several = plan.tiles > 1
-  return mosaic_gpu.launch(
+  return _launch(
       backward_kernel.kernel, plan, name='scan_backward', grid=_grid(plan, x),
       operands=arrays | dict(states=states, dhT=dhT),
       outputs=dict(
@@ -184,8 +187,7 @@ def gradients(plan, arrays, *, states, dhT):
           dh=_tiles(plan, plan.tiles) if several else None,
           over_states=buffer(3, CHUNK, CHANNELS) if several else None,
           ready=barrier(5 + plan.gated, plan.stages), once=barrier(3),
-          again=barrier(1)),
-      automatic_barriers=False)
+          again=barrier(1)))
 
 
 def _grid(plan, series):
