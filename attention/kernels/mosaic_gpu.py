@@ -7,8 +7,8 @@ memory, by name and None where a call has none, and what it is compiled for.
 Copies are asynchronous, and no word here both starts one and waits: `copy_in`
 and `copy_out` start, `wait`, `wait_read` and `wait_written` wait.
 
-Arrays in registers have layouts. TILE is that of wgmma's sums; PER_ROW and
-PER_COLUMN are those of what is the same in all of a tile's columns, or rows.
+Arrays in registers have layouts. TILE is that of wgmma's sums; vectors with a
+value for each of a tile's rows, or columns, are PER_ROW, or PER_COLUMN.
 """
 
 import math
