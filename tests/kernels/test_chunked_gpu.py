@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import chunked
-from attention.kernels.chunked import gpu, reference
+from attention.kernels.chunked import reference
+from attention.kernels.chunked.gpu import chunk
 from tests.kernels import accelerators, oracle, test_chunked, test_flash_gpu
 from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_chunked import EVERYTHING, op, run
@@ -170,7 +171,7 @@ def test_declines(change, reason, monkeypatch):
 def test_spans_are_sums_over_exactly_their_steps():
   random = np.random.default_rng(0)
   logs = -np.exp(random.normal(size=64) * 4).astype(np.float32)
-  levels, before, after = map(np.asarray, gpu._spans(jnp.asarray(logs)))
+  levels, before, after = map(np.asarray, chunk.spans(jnp.asarray(logs)))
   exact = logs.astype(np.float64)
   for t in range(64):
     np.testing.assert_allclose(before[t], exact[:t + 1].sum(), rtol=1e-6)

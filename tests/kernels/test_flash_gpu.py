@@ -24,6 +24,7 @@ from attention.kernels.flash import (
     flash_attention,
     gpu,
 )
+from attention.kernels.flash.gpu import blocks, launch
 from tests.kernels import accelerators, test_flash
 from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_flash import NAMES, Row, make, run
@@ -186,12 +187,13 @@ def test_declines(options, reason):
 
 
 def test_fully_visible_blocks_take_no_mask_and_empty_ones_no_time():
-  plan = gpu.hopper.Plan(
+  plan = launch.Plan(
       Rule(0.1, window=384), segments=True, S=1024, G=1, block=128, stages=2)
   ids = jnp.repeat(jnp.arange(2), 512)[None]
   q = jnp.zeros((1, 1024, 1, 64))
-  _, spans = gpu.hopper.query_spans(plan, Operands(q, q, q, ids, ids, 0))
-  spans = gpu.hopper.Span(*np.moveaxis(np.asarray(spans[0]), -1, 0))
+  operands = Operands(q, q, q, ids, ids, 0)
+  spans = blocks.query_spans(plan, operands)['spans'][0]
+  spans = blocks.Span(*np.moveaxis(np.asarray(spans), -1, 0))
   np.testing.assert_array_equal(spans.start, [0, 0, 0, 0, 4, 4, 4, 4])
   np.testing.assert_array_equal(spans.stop, np.arange(1, 9))
   full = [list(range(a, b)) for a, b in zip(spans.full_start, spans.full_stop)]

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention.kernels import scan
-from attention.kernels.scan import pieces, reference
+from attention.kernels.scan import reference
+from attention.kernels.scan.gpu import states
 from tests.kernels import accelerators, oracle, test_scan
 from tests.kernels.accelerators import gpu_interpreter_exists as interpreted
 from tests.kernels.test_scan import assert_agree, example, run
@@ -34,12 +34,12 @@ def interpreter():
 
 @pytest.fixture
 def sized(monkeypatch):
-  """Sets E and M of `example`, and into how many pieces the time is cut."""
+  """Sets E and M of `example`, and into how many parts the time is cut."""
   def size(channels=12, state=4, cut=1):
     monkeypatch.setattr(test_scan, 'CHANNELS', channels)
     monkeypatch.setattr(test_scan, 'STATE', state)
-    # As even as pieces.number makes them.
-    monkeypatch.setattr(pieces, 'number', lambda blocks, chunks: (
+    # As even as states.number makes them.
+    monkeypatch.setattr(states, 'number', lambda blocks, chunks: (
         -(-chunks // -(-chunks // cut))))
   return size
 
@@ -58,7 +58,7 @@ def compare(arguments, **options):
 @pytest.mark.parametrize('time, options, size', [
     pytest.param(1, EVERYTHING, {}, id='T1-all'),
     pytest.param(63, EVERYTHING, dict(state=16), id='T63-all-M16'),
-    pytest.param(40, EVERYTHING, dict(cut=3), id='T40-pieces'),
+    pytest.param(40, EVERYTHING, dict(cut=3), id='T40-parts'),
 ])
 def test_matches_reference(time, options, size, sized, interpreter):
   sized(**size)
@@ -73,10 +73,10 @@ def test_matches_reference(time, options, size, sized, interpreter):
                  id='T30-all-E131-M16'),
     pytest.param(257, ('dt_bias', 'h0'), {}, id='T257-h0'),
     pytest.param(100, EVERYTHING, dict(channels=8, state=16, cut=7),
-                 id='T100-all-pieces'),
+                 id='T100-all-parts'),
     pytest.param(20, ('z', 'h0', 'starts'), dict(state=64),
                  id='T20-M64'),
-    pytest.param(40, EVERYTHING, dict(state=20, cut=2), id='T40-M20-pieces'),
+    pytest.param(40, EVERYTHING, dict(state=20, cut=2), id='T40-M20-parts'),
 ])
 def test_matches_reference_everywhere(time, options, size, sized, interpreter):
   sized(**size)
@@ -164,7 +164,7 @@ def test_documents_are_isolated_bit_for_bit(garbage, cut, sized, interpreter):
 
 @interpreted
 @pytest.mark.slow
-def test_pieces_equal_the_whole(sized, interpreter):
+def test_parts_equal_the_whole(sized, interpreter):
   arguments = None
   results = []
   for cut in (1, 3):
@@ -187,15 +187,15 @@ def test_declines(change, reason, sized):
 
 
 @pytest.mark.parametrize('reverse', [False, True])
-def test_states_that_enter_pieces(reverse):
+def test_states_that_enter_parts(reverse):
   rng = np.random.default_rng(0)
   initial, ends, log_decay = (
       rng.standard_normal(shape) for shape in ((1, 3, 2), *[(1, 4, 3, 2)] * 2))
   cut = np.array([[False, True, False, False]])
-  # A document that ends in a cut piece may hold anything.
+  # A document that ends in a cut part may hold anything.
   ends[0, 0] = np.nan
   log_decay[0, 1] = np.inf
-  got = pieces.entering(initial, ends, log_decay, cut, reverse=reverse)
+  got = states.entering(initial, ends, log_decay, cut, reverse=reverse)
   h, order = initial[0], range(4)[::-1] if reverse else range(4)
   for p in order:
     np.testing.assert_allclose(got[0, p], h, rtol=1e-5)
@@ -206,21 +206,10 @@ def test_states_that_enter_pieces(reverse):
 @pytest.mark.parametrize('blocks, chunks, number', [
     (256, 128, 1), (128, 128, 3), (32, 128, 9), (2, 128, 32), (2, 5, 1),
     (1, 1, 1), (2, 17, 4)])
-def test_pieces_fill_the_chip(blocks, chunks, number):
-  assert pieces.number(blocks, chunks) == number
+def test_parts_fill_the_chip(blocks, chunks, number):
+  assert states.number(blocks, chunks) == number
   length = -(-chunks // number)
-  assert (number - 1) * length < chunks, 'no piece is empty'
-
-
-def test_lowers_for_cuda(sized):
-  """On every version of jax, with no plugin."""
-  sized(state=16, cut=2)
-  arguments = example(40, EVERYTHING)
-  module = export.export(
-      jax.jit(lambda arguments: run(kernel(), arguments)), platforms=['cuda'],
-      disabled_checks=[
-          export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')])(arguments)
-  assert module.mlir_module().count('custom_call @mosaic_gpu') == 4
+  assert (number - 1) * length < chunks, 'no part is empty'
 
 
 @pytest.fixture

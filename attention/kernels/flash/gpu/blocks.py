@@ -1,7 +1,11 @@
-"""What the Mosaic GPU attention kernels share: blocks, rings, tiles, masks."""
+"""Blocks of scores: which are visited, how they come, what masks them.
+
+Which blocks a thread block visits is decided before the kernel, in a few
+integers (Span): blocks that the mask empties are never loaded, blocks that it
+leaves whole take a loop without masks.
+"""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,24 +14,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention.kernels.flash import Rule
+from attention.kernels import mosaic_gpu
+from attention.kernels.mosaic_gpu import (
+    LOG2E,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    TILE,
+    by_row,
+)
 
-LOG2E = math.log2(math.e)
-ROWS = 64  # of a warpgroup: the M of wgmma
 WARPGROUPS = 2  # that compute; a third one copies
 HEIGHT = ROWS * WARPGROUPS  # rows of a thread block
-TILE = plgpu.Layout.WGMMA
-PER_ROW, PER_COLUMN = TILE.reduce(1), TILE.reduce(0)
-
-
-class Plan(NamedTuple):
-  """What a kernel is compiled for, beside the shapes of its operands."""
-  rule: Rule
-  segments: bool
-  S: int
-  G: int
-  block: int  # columns of a score tile: keys, or queries in _dkv_kernel
-  stages: int  # buffers of the ring
 
 
 class Span(NamedTuple):
@@ -40,35 +38,34 @@ class Span(NamedTuple):
 
 
 def query_spans(plan, operands):
-  """Padded ids and spans of keys for the kernels that walk over keys."""
-  ids = pad_ids(operands, HEIGHT, plan.block)
-  some, every = block_masks(plan, operands, HEIGHT, plan.block, ids)
+  """own_ids, ring_ids and spans, by name, of kernels that walk over keys."""
+  ids = _pad_ids(operands, HEIGHT, plan.block)
+  some, every = _block_masks(plan, operands, HEIGHT, plan.block, ids)
   # Past the end there are keys of zeros.
   whole = jnp.arange(1, every.shape[-1] + 1) * plan.block <= plan.S
-  return ids, make_spans(some, every & whole, operands.q_offset)
+  spans = _make_spans(some, every & whole, operands.q_offset)
+  return dict(own_ids=ids[0], ring_ids=ids[1], spans=spans)
 
 
-def pad_length(x):
-  """[B,T,..] to the next T that 8 divides: TMA cuts arrays in tiles of 8 rows.
-
-  Longer ends need no padding, since copies run over them.
-  """
-  missing = -x.shape[1] % 8
-  if not missing:
-    return x
-  return jnp.pad(x, [(0, missing if i == 1 else 0) for i in range(x.ndim)])
+def key_spans(plan, operands):
+  """own_ids, ring_ids and spans, by name, of those that walk over queries."""
+  ids = _pad_ids(operands, plan.block, HEIGHT)
+  masks = _block_masks(plan, operands, plan.block, HEIGHT, ids)
+  some, every = (jnp.swapaxes(x, 1, 2) for x in masks)
+  spans = _make_spans(some, every, operands.q_offset)
+  return dict(own_ids=ids[1], ring_ids=ids[0], spans=spans)
 
 
-def pad_ids(operands, rows, columns):
+def _pad_ids(operands, rows, columns):
   """Whole blocks of ids. The last one repeats: no block gains a segment."""
   if operands.q_ids is None:
-    return ()
+    return None, None
   return tuple(
-      jnp.pad(x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % block)), 'edge')
+      mosaic_gpu.pad(x.astype(jnp.int32), axis=1, multiple=block, mode='edge')
       for x, block in ((operands.q_ids, rows), (operands.kv_ids, columns)))
 
 
-def block_masks(plan, operands, rows, columns, ids):
+def _block_masks(plan, operands, rows, columns, ids):
   """[B or 1, query blocks, key blocks]: something, everything is visible."""
   T, q_offset = operands.q.shape[1], operands.q_offset
   first = jnp.arange(pl.cdiv(T, rows))[:, None] * rows + q_offset
@@ -83,7 +80,7 @@ def block_masks(plan, operands, rows, columns, ids):
   if plan.rule.window:
     some &= last_key > first - plan.rule.window
     every &= first_key > last - plan.rule.window
-  if ids:
+  if ids[0] is not None:
     q, kv = (x.reshape(x.shape[0], -1, block)
              for x, block in zip(ids, (rows, columns)))
     low, high = jnp.min(q, -1)[..., None], jnp.max(q, -1)[..., None]
@@ -93,7 +90,7 @@ def block_masks(plan, operands, rows, columns, ids):
   return some, every & some
 
 
-def make_spans(some, every, q_offset):
+def _make_spans(some, every, q_offset):
   """[..., rows, columns] masks -> int32 [..., rows, 5], the fields of Span.
 
   The columns between the first and the last visible one, and in them the first
@@ -114,7 +111,7 @@ def make_spans(some, every, q_offset):
       [start, full_start, full_stop, stop, offset], -1).astype(jnp.int32)
 
 
-def read_span(spans, batch, tile):
+def _read_span(spans, batch, tile):
   if spans.shape[0] == 1:
     batch = 0
   return Span(*(spans[batch, tile, i] for i in range(5)))
@@ -146,36 +143,17 @@ def _divmod(step, n, G):
   return (0, step) if G == 1 else (lax.div(step, n), lax.rem(step, n))
 
 
-def launch(body, plan, grid, outputs, scratch, *, name):
-  """Compiles body(plan, *operands, *outputs, **scratch); the result is called.
-
-  The grid is (batch, heads, tiles of 128 rows), tiles varying fastest, so that
-  the thread blocks that run together share the other operands in the L2 cache.
-  """
-  return plgpu.kernel(
-      functools.partial(body, plan), out_type=outputs, scratch_types=scratch,
-      grid=grid, grid_names=('b', 'n', 'tile'), kernel_name=f'flash_{name}',
-      num_threads=WARPGROUPS + 1, thread_name='warpgroup',
-      compiler_params=plgpu.CompilerParams(approx_math=True))
-
-
-def coordinates():
-  return [lax.axis_index(x) for x in ('b', 'n', 'tile', 'warpgroup')]
-
-
-def query_tile(plan, spans):
-  """What a thread block of queries works on, in a kernel that walks over keys.
-
-  Returns its span, batch, head, key head, tile and warpgroup.
-  """
-  batch, head, tile, warpgroup = coordinates()
+def place(spans, *, largest_first=False):
+  """Batch, head, tile of rows, span and warpgroup."""
+  batch, head, tile, warpgroup = map(
+      lax.axis_index, ('b', 'n', 'tile', 'warpgroup'))
   # The last queries see the most keys under a causal mask: they start first.
-  tile = spans.shape[1] - 1 - tile
-  kv_head = lax.div(head, jnp.int32(plan.G))
-  return read_span(spans, batch, tile), batch, head, kv_head, tile, warpgroup
+  if largest_first:
+    tile = spans.shape[1] - 1 - tile
+  return batch, head, tile, _read_span(spans, batch, tile), warpgroup
 
 
-def divide_work(warpgroup, copy, compute, registers):
+def divide_work(warpgroup, copy, compute, *, registers):
   """One warpgroup copies and the others compute, with (few, many) registers."""
   few, many = registers
 
@@ -190,60 +168,41 @@ def divide_work(warpgroup, copy, compute, registers):
     compute()
 
 
-def barrier(arrivals, count):
-  return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+def load_rows(copies, ready, warpgroup):
+  """A computing warpgroup copies what it alone reads, and waits for it."""
+  ready = ready.at[warpgroup]
+  mosaic_gpu.copy_in(
+      [(source, buffer.at[warpgroup]) for source, buffer in copies], ready)
+  mosaic_gpu.wait(ready)
 
 
-def own_tile(width, dtype):
-  """Shared memory for the rows of each warpgroup: [2, 64, width]."""
-  return _tiled((WARPGROUPS, ROWS, width), dtype)
-
-
-def ring_tile(plan, width, dtype):
-  """Shared memory that is filled while it is read: [stages, block, width]."""
-  return _tiled((plan.stages, plan.block, width), dtype)
-
-
-def _tiled(shape, dtype):
-  # The layout that TMA writes and wgmma reads without bank conflicts.
-  lanes = math.gcd(shape[-1], 64)
-  return plgpu.SMEM(shape, dtype, transforms=(
-      plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)))
-
-
-def own_vector(dtype):
-  return plgpu.SMEM((WARPGROUPS, ROWS), dtype)
-
-
-def ring_vector(plan, dtype):
-  return plgpu.SMEM((plan.stages, plan.block), dtype)
-
-
-def id_buffers(plan):
-  """Shared memory for the segment ids of rows and columns, if there are any."""
-  if not plan.segments:
-    return {}
-  return dict(own_ids=own_vector(jnp.int32),
-              ring_ids=ring_vector(plan, jnp.int32))
-
-
-def load_ids(plan, smem, warpgroup, slot):
+def load_ids(smem, plan, warpgroup, slot):
+  """The segment ids of a block's rows and columns, if there are any."""
   if not plan.segments:
     return None
-  return (plgpu.layout_cast(smem.own_ids[warpgroup], PER_ROW),
-          plgpu.layout_cast(smem.ring_ids[slot], PER_COLUMN))
+  return (mosaic_gpu.load(smem.own_ids.at[warpgroup], PER_ROW),
+          mosaic_gpu.load(smem.ring_ids.at[slot], PER_COLUMN))
 
 
 def feed(plan, span, G, sources):
-  """The copying warpgroup: keeps the rings of buffers full."""
+  """The copying warpgroup: keeps the rings of buffers full.
+
+  Args:
+    plan: launch.Plan.
+    span: Span.
+    G: heads to walk over.
+    sources: of (block, head): triples of the barriers of a ring, `free` and
+      `ready`, and pairs of what is to be copied and the ring's buffers.
+  """
   def visit(step, block, head, masked, carry):
     del masked
     slot = lax.rem(step, plan.stages)
     for free, ready, copies in sources(block, head):
       pl.when(step >= plan.stages)(
-          functools.partial(plgpu.barrier_wait, free.at[slot]))
-      for source, buffer in copies:
-        plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+          functools.partial(mosaic_gpu.wait, free.at[slot]))
+      mosaic_gpu.copy_in(
+          [(source, buffer.at[slot]) for source, buffer in copies],
+          ready.at[slot])
     return carry
 
   walk(span, G, visit, ())
@@ -257,48 +216,7 @@ def release(free, slot, was_read):
   """
   if was_read:
     plgpu.commit_smem()
-  plgpu.barrier_arrive(free.at[slot])
-
-
-def fetch(copies, slot, barrier):
-  """A computing warpgroup waits for what it alone reads."""
-  for source, buffer in copies:
-    plgpu.copy_gmem_to_smem(source, buffer.at[slot], barrier.at[slot])
-  plgpu.barrier_wait(barrier.at[slot])
-
-
-def store(copies):
-  """Writes buffers of shared memory out."""
-  plgpu.commit_smem()
-  for buffer, target in copies:
-    plgpu.copy_smem_to_gmem(buffer, target)
-  plgpu.wait_smem_to_gmem(0)
-
-
-def products(*pairs):
-  """a b^T of each pair of tiles in shared memory, queued together."""
-  def multiply(*sums):
-    for acc, (a, b) in zip(sums, pairs):
-      plgpu.wgmma(acc, a, b.transpose((1, 0)))
-    return [acc[...] for acc in sums]
-
-  return pl.run_scoped(
-      multiply, *(plgpu.ACC((ROWS, b.shape[0])) for _, b in pairs))
-
-
-def filled(shape, value, layout):
-  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def by_row(x, shape):
-  """A value per row, broadcast over a tile."""
-  return lax.broadcast_in_dim(x, shape, [0])
-
-
-def by_column(buffer, slot, shape):
-  """A value per column, from shared memory, broadcast over a tile."""
-  x = plgpu.layout_cast(buffer[slot], PER_COLUMN)
-  return lax.broadcast_in_dim(x, shape, [1])
+  mosaic_gpu.arrive(free.at[slot])
 
 
 def cap(plan, s):
@@ -348,4 +266,4 @@ def _indices(start):
 
 
 def _same(ids, shape):
-  return by_row(ids[0], shape) == lax.broadcast_in_dim(ids[1], shape, [1])
+  return by_row(ids[0], shape) == mosaic_gpu.by_column(ids[1], shape)
