@@ -1,5 +1,9 @@
-"""A config to change, and a trained run to look at or to go on with."""
+"""A config to change, and trained runs to look at or to go on with."""
 
+import contextlib
+import functools
+import io
+import math
 import shutil
 import types
 
@@ -24,20 +28,39 @@ def config(squares):
 
 @pytest.fixture
 def one_device():
-  with runs.one_device():
+  with runs.devices(1):
     yield
 
 
 @pytest.fixture(scope='session')
 def trained(squares, tmp_path_factory):
-  """A finished run on one device: (workdir, to be read only; history)."""
+  """A finished run on one device: its workdir, history and what it said.
+
+  All tests read the same folder; `workdir` is a copy of it, to be changed.
+  """
   workdir = tmp_path_factory.mktemp('runs') / 'trained'
-  with runs.one_device():
-    history = trainer.train(runs.small(squares, eval_final=True), workdir)
-  return types.SimpleNamespace(workdir=workdir, history=history)
+  config = runs.small(squares, eval_final=True, profile_steps=('1', '2'))
+  with runs.devices(1), contextlib.redirect_stdout(io.StringIO()) as said:
+    history = trainer.train(config, workdir)
+  return types.SimpleNamespace(
+      workdir=workdir, history=history, said=said.getvalue())
 
 
 @pytest.fixture
 def workdir(trained, tmp_path):
-  """A copy of the trained run, to be changed."""
   return shutil.copytree(trained.workdir, tmp_path / 'run')
+
+
+@pytest.fixture(scope='session')
+def spread(squares, tmp_path_factory):
+  """A function mesh -> (workdir, losses) of three steps without dropout."""
+
+  @functools.cache
+  def train(mesh):
+    workdir = tmp_path_factory.mktemp('mesh')
+    config = runs.small(squares, max_iters=3, dropout=0.0)
+    runs.set_mesh(config, mesh)
+    with runs.devices(math.prod(mesh)):
+      return workdir, runs.losses(trainer.train(config, workdir))
+
+  return train

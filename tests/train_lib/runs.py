@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from configs import default
-from train_lib import checkpoints
+from train_lib import checkpoints, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,18 +25,24 @@ def small(dataset, **flags):
   config = default.get_config()
   config.update(
       dataset=dataset, n_layer=2, n_head=2, n_embd=16, block_size=16,
-      batch_size=8, max_iters=6, eval_interval=3, eval_iters=2,
+      batch_size=8, max_iters=30, eval_interval=15, eval_iters=2,
       log_interval=1, warmup_iters=2, lr_decay_iters=60, learning_rate=1e-2,
       dropout=0.1, eval_final=False, max_new_tokens=4, mesh_data=1)
   config.update(flags)
   return config
 
 
+def set_mesh(config, mesh):
+  """Asks for data x fsdp x tensor devices."""
+  config.update(
+      {f'mesh_{axis}': n for axis, n in zip(sharding.AXES, mesh, strict=True)})
+
+
 @contextlib.contextmanager
-def one_device():
-  """As if there were a single device, whose programs compile faster."""
+def devices(number):
+  """As if there were so many devices; programs of one compile fastest."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'device_count', lambda: 1)
+    patch.setattr(jax, 'device_count', lambda: number)
     yield
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from train_lib import metrics, trainer
+from train_lib import metrics
 
 
 def test_the_file_has_the_history(trained):
@@ -29,8 +29,5 @@ def test_numbers_are_short(value, text):
   assert metrics.short(value) == text
 
 
-@pytest.mark.usefixtures('one_device')
-def test_profile(config, tmp_path):
-  config.update(profile_steps=('1', '2'), max_iters=3)
-  trainer.train(config, tmp_path / 'run')
-  assert list((tmp_path / 'run').rglob('*.xplane.pb'))
+def test_profile(trained):
+  assert list(trained.workdir.rglob('*.xplane.pb'))

@@ -2,28 +2,24 @@
 
 import types
 
-import pytest
-
-from train_lib import metrics, report, trainer
+from train_lib import metrics, report
 from train_lib import run as run_lib
 
 
-@pytest.mark.usefixtures('one_device')
-def test_a_finished_run_is_told_in_full(config, workdir, capsys):
-  """Nothing is left to train: the header, then the table and a sample."""
-  config.eval_final = True
-  trainer.train(config, workdir)
-  told = capsys.readouterr().out
-  for word in ('parameters', 'kernels', 'resumed', 'from step 6 of 6',
-               'compiled in', 'validation loss', 'bits a byte', 'bigram',
-               'sample:', str(workdir)):
-    assert word in told, word
+def test_a_run_is_told_from_the_header_to_the_sample(trained):
+  for word in ('parameters', 'kernels', 'compiled in', 'validation loss',
+               'bits a byte', 'bigram', 'best evaluation', 'tokens/s',
+               'sample:', str(trained.workdir)):
+    assert word in trained.said, word
+  assert 'resumed' not in trained.said
 
 
-def test_what_the_mesh_does_not_divide_is_told(config, tmp_path):
+def test_the_header_of_a_resumed_run_on_a_mesh(config, tmp_path):
   config.update(mesh_data=2, mesh_fsdp=2, mesh_tensor=2, vocab_size=257)
   run = run_lib.open_run(config, tmp_path / 'run')
-  assert 'does not divide embed/tokens' in report.header(run, 0, {})
+  header = report.header(run, 2, {})
+  assert 'does not divide embed/tokens' in header
+  assert 'from step 2 of 30' in header
 
 
 def test_kernels():

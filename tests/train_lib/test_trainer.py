@@ -12,19 +12,8 @@ from tests.train_lib.runs import losses, marks
 from train_lib import metrics, trainer
 
 
-@pytest.fixture(scope='module')
-def plain(squares, tmp_path_factory):
-  """The losses of three steps on one device without dropout."""
-  config = runs.small(squares, max_iters=3, dropout=0.0)
-  with runs.one_device():
-    return losses(trainer.train(config, tmp_path_factory.mktemp('plain')))
-
-
-@pytest.mark.usefixtures('one_device')
-def test_learns(config, tmp_path):
-  config.update(max_iters=60, eval_interval=30, log_interval=20,
-                eval_final=True)
-  history = trainer.train(config, tmp_path / 'run')
+def test_learns(trained):
+  history = trained.history
   assert losses(history)[-1] < losses(history)[0] - 1
   assert history[-1]['val_loss_full'] == pytest.approx(
       history[-2]['val_loss'], rel=0.1)
@@ -45,18 +34,18 @@ def test_resumes_bit_for_bit(config, trained, tmp_path, monkeypatch):
   second = trainer.train(config, tmp_path / 'parts')
   assert losses(first) + losses(second) == losses(trained.history)
   assert len(losses(first)) == 4
-  assert marks(tmp_path / 'parts', 6) == marks(trained.workdir, 6)
+  assert marks(tmp_path / 'parts', 30) == marks(trained.workdir, 30)
 
 
 @pytest.mark.usefixtures('one_device')
 def test_flags_of_the_loop_may_change(config, workdir):
-  config.update(max_iters=7, learning_rate=1e-4, remat='full', batch_size=4)
+  config.update(max_iters=31, learning_rate=1e-4, remat='full', batch_size=4)
   assert len(losses(trainer.train(config, workdir))) == 1
 
 
 @pytest.mark.usefixtures('one_device')
 def test_not_finite_stops_or_skips(config, tmp_path):
-  config.update(learning_rate=1e30, warmup_iters=0, grad_clip=0.0)
+  config.update(max_iters=6, learning_rate=1e30, warmup_iters=0, grad_clip=0.0)
   with pytest.raises(metrics.Diverged, match='step .*--learning_rate'):
     trainer.train(config, tmp_path / 'stop')
   kept = tmp_path / 'stop/checkpoints'
@@ -67,10 +56,11 @@ def test_not_finite_stops_or_skips(config, tmp_path):
 
 
 @pytest.mark.usefixtures('one_device')
-def test_accumulation_changes_nothing(config, plain, tmp_path):
+def test_accumulation_changes_nothing(config, spread, tmp_path):
+  _, at_once = spread((1, 1, 1))
   config.update(max_iters=3, dropout=0.0, gradient_accumulation_steps=4)
-  four = trainer.train(config, tmp_path / 'four')
-  np.testing.assert_allclose(plain, losses(four), rtol=1e-5)
+  parts = losses(trainer.train(config, tmp_path / 'parts'))
+  np.testing.assert_allclose(at_once, parts, rtol=1e-5)
 
 
 @pytest.mark.usefixtures('one_device')
@@ -79,17 +69,15 @@ def test_packing_trains(config, tmp_path):
   folder.mkdir()
   for i in range(40):
     (folder / f'{i}.txt').write_text(f'document {i} ' * 8)
-  config.update(dataset=str(folder), packing=True)
+  config.update(dataset=str(folder), packing=True, max_iters=3)
   history = trainer.train(config, tmp_path / 'run')
   assert np.isfinite(losses(history)).all()
 
 
 @pytest.mark.parametrize('mesh', [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
-def test_meshes_agree_with_one_device(config, plain, tmp_path, mesh):
-  config.update(max_iters=3, dropout=0.0, mesh_data=mesh[0],
-                mesh_fsdp=mesh[1], mesh_tensor=mesh[2])
-  spread = trainer.train(config, tmp_path / 'eight')
-  np.testing.assert_allclose(plain, losses(spread), rtol=2e-5)
+def test_meshes_agree_with_one_device(spread, mesh):
+  (_, alone), (_, together) = spread((1, 1, 1)), spread(mesh)
+  np.testing.assert_allclose(alone, together, rtol=2e-5)
 
 
 @pytest.mark.slow
