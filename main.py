@@ -5,11 +5,12 @@ import sys
 from absl import app, logging
 from absl import flags as absl_flags
 
-from configs import flags
+from train_lib import cpu
 
 
 def parse(argv):
   """The config of a command line; what is left goes to absl."""
+  from configs import flags
   try:
     if '--help' in argv:
       print(flags.describe())
@@ -35,4 +36,5 @@ def main(config):
 
 
 if __name__ == '__main__':
+  cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
   app.run(main, flags_parser=parse)

@@ -42,8 +42,8 @@ from attention.common import specs
 from attention.common.options import nearest
 from attention.common.specs import period, shortest
 
-__all__ = ['build', 'check', 'flags', 'get', 'layers', 'names', 'period',
-           'shortest']
+__all__ = ['build', 'check', 'flags', 'get', 'layers', 'listed', 'names',
+           'period', 'shortest']
 
 
 @functools.cache
@@ -66,15 +66,20 @@ def flags(name):
   return {f.name: f for f in dataclasses.fields(get(name).Options)}
 
 
-def layers(config):
-  """The LayerSpec of every layer: attention_list tiled over n_layer."""
+def listed(config):
+  """The LayerSpecs of attention_list, or the one of attention_variant."""
   entries = config.attention_list or (config.attention_variant,)
-  listed = [spec for entry in entries for spec in specs.parse(entry, get)]
-  if len(listed) > config.n_layer:
+  return tuple(spec for entry in entries for spec in specs.parse(entry, get))
+
+
+def layers(config):
+  """The LayerSpec of every layer: those of the list tiled over n_layer."""
+  found = listed(config)
+  if len(found) > config.n_layer:
     raise ValueError(
-        f'attention_list has {len(listed)} layers for n_layer '
+        f'attention_list has {len(found)} layers for n_layer '
         f'({config.n_layer}): shorten the list or add layers')
-  return tuple(listed[i % len(listed)] for i in range(config.n_layer))
+  return tuple(found[i % len(found)] for i in range(config.n_layer))
 
 
 def build(layer, config, *, rngs):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.kernels.flash import flash_attention
-from train_lib import host
+from train_lib import cpu
 
 try:
   import torch
@@ -135,7 +135,7 @@ def bench_row(T, window, turns):
 def main():
   arguments = parse_arguments()
   if arguments.keep_memory:
-    host.keep_memory()
+    cpu.keep_memory()
   print('length window  contender    forward fwd + bwd   ours/it: fwd, both'
         '   temporaries')
   for T in arguments.lengths:

@@ -36,9 +36,9 @@ def our_model():
   from flax import nnx
 
   from model.transformer import Transformer
-  from train_lib import host
+  from train_lib import cpu
 
-  host.keep_memory()
+  cpu.keep_memory()
   return Transformer(shape(), rngs=nnx.Rngs(0))
 
 

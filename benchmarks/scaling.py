@@ -23,7 +23,7 @@ from flax import nnx
 import attention
 from configs import default
 from model.sharding import Context
-from train_lib import host
+from train_lib import cpu
 
 SHORTEST = 512
 DECODED = 16
@@ -61,7 +61,7 @@ def train_call(mixer, length):
     return (mixer(x, Context(positions))[0] ** 2).sum()
   compiled = jax.jit(
       jax.grad(loss, argnums=(0, 1)),
-      compiler_options=host.compiler_options(jax.devices()[0]),
+      compiler_options=cpu.compiler_options(jax.devices()[0]),
   ).lower(mixer, x).compile()
   stats = compiled.memory_analysis()
   return functools.partial(compiled, mixer, x), stats.temp_size_in_bytes
@@ -134,7 +134,7 @@ def main():
     parser.error(f'--longest must be at least {SHORTEST}')
   if flags.rounds < 1:
     parser.error('--rounds must be at least 1')
-  host.keep_memory()
+  cpu.keep_memory()
   lengths = [SHORTEST]
   while 2 * lengths[-1] <= flags.longest:
     lengths.append(2 * lengths[-1])

@@ -7,7 +7,7 @@
 All candidates of a table are checked against the op first, then timed in turns
 of three runs in one process; a time is the least of its runs, as others may use
 the machine, and threads of the candidate before may still spin.
-All are compiled, and memory is kept, as training does it (train_lib/host.py).
+All are compiled, and memory is kept, as training does it (train_lib/cpu.py).
 The PyTorch rows appear where torch is installed.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from attention.kernels import chunked, scan
 from attention.kernels.scan import reference
-from train_lib import host
+from train_lib import cpu
 
 try:
   import torch
@@ -184,8 +184,8 @@ def main():
   flags = parser.parse_args()
   options = None
   if not flags.defaults:
-    host.keep_memory()
-    options = host.compiler_options(jax.devices()[0])
+    cpu.keep_memory()
+    options = cpu.compiler_options(jax.devices()[0])
   if flags.op in ('scan', 'all'):
     scan_table(flags.repeats, options)
   if flags.op in ('chunked', 'all'):

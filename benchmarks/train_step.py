@@ -3,7 +3,7 @@
   python benchmarks/train_step.py
   python benchmarks/train_step.py --shapes shakespeare_char_cpu --rounds 100
 
-Ours is the step of train_lib.trainer on a session as main.py opens it. The
+Ours is the step of train_lib.trainer on a run as main.py opens it. The
 PyTorch row appears where torch and transformers are installed: their GPT-2,
 eager, with scaled_dot_product_attention and the fused gelu, then clipping and
 AdamW as nanoGPT sets it up on CPU. Its dense layers and norms have biases, as
@@ -42,16 +42,17 @@ def our_step(shape, bias):
   """Returns a function that takes steps, and the number of parameters."""
   import jax
 
-  from train_lib import host, session, trainer
+  from train_lib import cpu, trainer
+  from train_lib import run as run_lib
 
-  host.keep_memory()
+  cpu.keep_memory()
   config = preset(shape, bias)
   with tempfile.TemporaryDirectory() as folder:
     rng = np.random.default_rng(0)
     path = pathlib.Path(folder, 'characters.txt')
     path.write_text(''.join(rng.choice(list(CHARACTERS), 1 << 17)))
     config.update(dataset=str(path), tokenizer='char')
-    run = session.open_session(config, pathlib.Path(folder, 'run'))
+    run = run_lib.open_run(config, pathlib.Path(folder, 'run'))
   state = run.init_state()
   step = trainer.make_step(run).lower(state, run.batch(0)).compile()
   count, index = SHAPES[shape][1], 0
@@ -64,7 +65,7 @@ def our_step(shape, bias):
     jax.block_until_ready((state, values))
     return count
 
-  return steps, run.skeleton.n_params()
+  return steps, run.model.n_params()
 
 
 def torch_step(shape):

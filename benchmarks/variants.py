@@ -20,7 +20,7 @@ import numpy as np
 import attention
 from configs import default
 from model import sample
-from train_lib import data, evaluate, host, inference, trainer
+from train_lib import bigram, corpus, cpu, inference, trainer
 
 LENGTHS = (1024, 65536)
 DECODED = 256
@@ -74,13 +74,13 @@ def main():
   parser.add_argument('--max_iters', type=int, default=0,
                       help='steps; 0: those of the default job')
   flags = parser.parse_args()
-  host.keep_memory()
+  cpu.keep_memory()
   rows = [row(kinds, flags.max_iters) for kinds in flags.variants]
-  dataset = data.load('pydoc')
-  entropy = data.bigram_entropy(dataset.train)
+  dataset = corpus.load('pydoc')
+  entropy = bigram.entropy(dataset.train)
   print(f'\njax {jax.__version__}, {jax.devices()[0].device_kind}; bigram '
         f'entropy {entropy:.3f}, a table of pairs gives '
-        f'{evaluate.bigram_loss(dataset):.3f}\n')
+        f'{bigram.loss(dataset):.3f}\n')
   head = ['variant', 'parameters', 'validation loss', 'ms/step',
           'decoded tokens/s', *(f'state bytes, T = {n:,}' for n in LENGTHS)]
   for cells in (head, ['---'] + ['--:'] * (len(head) - 1), *rows):

@@ -204,11 +204,11 @@ def fields():
 
 
 def model_flags():
-  """The flags that a model's parameters cannot be used without."""
+  """The set of flags that a model's parameters cannot be used without."""
   own = [f for table in (Layers, Model) for f in dataclasses.fields(table)]
   own += [f for n in attention.names() for f in attention.flags(n).values()]
   own += [f for f in dataclasses.fields(Data) if f.name == 'tokenizer']
-  return sorted({f.name for f in own if not f.metadata['runtime']})
+  return {f.name for f in own if not f.metadata['runtime']}
 
 
 def get_config():

@@ -6,8 +6,9 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from model import sample
-from train_lib import checkpoints, evaluate, host, metrics, session, tokenizer
-from train_lib.state import Skeleton
+from train_lib import checkpoints, evaluate, metrics, tokenizer
+from train_lib import run as run_lib
+from train_lib.state import AbstractModel
 
 
 def _store(workdir, mode):
@@ -27,15 +28,14 @@ def evaluate_run(config, workdir=None):
     workdir: folder of the run, config.workdir by default.
 
   Returns:
-    A dict as of evaluate.full.
+    A dict as of evaluate.Evaluator.full.
   """
-  host.keep_memory()
   with _store(workdir or config.workdir, 'eval') as store:
-    run = session.open_session(config, workdir)
+    run = run_lib.open_run(config, workdir)
     _check_model(store, run.config, run.workdir)
     step, items, _ = store.restore(
         {'params': run.template.params}, best=True)
-    result = evaluate.full(run, items['params'])
+    result = evaluate.Evaluator(run).full(items['params'])
   print(metrics.table([('step', f'{step:,}')] + [
       (name, metrics.short(value)) for name, value in result.items()]))
   return result
@@ -50,7 +50,7 @@ def _check_model(store, config, workdir):
     raise ValueError(f'{workdir} has no finished checkpoint yet')
   saved = store.meta(store.steps()[-1])['config']
   config.vocab_size = config.vocab_size or saved['vocab_size']
-  session.compatible(saved, config, workdir)
+  run_lib.compatible(saved, config, workdir)
 
 
 def load(workdir, config):
@@ -63,12 +63,12 @@ def load(workdir, config):
   config = config.copy_and_resolve_references()
   with _store(workdir, 'sample') as store:
     _check_model(store, config, workdir)
-    skeleton = Skeleton(config)
+    abstract = AbstractModel(config)
     device = SingleDeviceSharding(jax.devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-              for name, x in skeleton.shapes.items()}
+              for name, x in abstract.shapes.items()}
     step, items, meta = store.restore({'params': wanted}, best=True)
-  model = skeleton.merge(items['params'])
+  model = abstract.merge(items['params'])
   return model, tokenizer.from_json(meta['tokenizer']), step
 
 
@@ -82,7 +82,6 @@ def sample_run(config, workdir=None):
   Returns:
     The texts, prompt included.
   """
-  host.keep_memory()
   rule = dict(temperature=config.temperature, top_k=config.top_k,
               top_p=config.top_p, max_new_tokens=config.max_new_tokens)
   model, vocabulary, _ = load(workdir or config.workdir, config)

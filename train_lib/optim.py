@@ -21,12 +21,12 @@ def schedule(config):
   return optax.join_schedules([ramp, after], [warm])
 
 
-def build(config, skeleton):
+def build(config, model):
   """The optax transformation of a config.
 
   Args:
     config: the flags.
-    skeleton: a Skeleton, for what its parameters say of themselves: weight
+    model: the AbstractModel, for what its parameters say of themselves: weight
       decay applies to those with `decay`, Muon to those with `n_inputs`.
   """
   b1, b2 = config.beta1, config.beta2
@@ -35,10 +35,10 @@ def build(config, skeleton):
       'lion': lambda: optax.scale_by_lion(b1, b2),
       'adafactor': lambda: optax.chain(
           optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
-      'muon': lambda: _muon(b1, b2, skeleton),
+      'muon': lambda: _muon(b1, b2, model),
       'sgd': lambda: optax.trace(b1),
   }[config.optimizer]()
-  decay = {n: v.decay for n, v in skeleton.variables.items()}
+  decay = {n: v.decay for n, v in model.variables.items()}
   clip = optax.clip_by_global_norm(config.grad_clip)
   return optax.chain(
       clip if config.grad_clip else optax.identity(),
@@ -47,7 +47,7 @@ def build(config, skeleton):
       optax.scale_by_learning_rate(schedule(config)))
 
 
-def _muon(b1, b2, skeleton):
+def _muon(b1, b2, model):
   """Muon for matrices between activations, Nesterov Adam for all else.
 
   The updates have Adam's size (root mean square 0.2, Liu et al. 2025), so
@@ -56,11 +56,11 @@ def _muon(b1, b2, skeleton):
   def dimensions(name, variable):
     if not variable.n_inputs:
       return None
-    stacked = len(skeleton.shapes[name].shape) - len(variable.letters)
-    axes = range(stacked, len(skeleton.shapes[name].shape))
+    stacked = len(model.shapes[name].shape) - len(variable.letters)
+    axes = range(stacked, len(model.shapes[name].shape))
     return optax.contrib.MuonDimensionNumbers(
         tuple(axes[:variable.n_inputs]), tuple(axes[variable.n_inputs:]))
-  numbers = {n: dimensions(n, v) for n, v in skeleton.variables.items()}
+  numbers = {n: dimensions(n, v) for n, v in model.variables.items()}
   return optax.chain(
       optax.contrib.muon(
           1.0, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,

@@ -5,7 +5,7 @@ import numpy as np
 
 import attention
 from model import sample
-from train_lib import data, evaluate, metrics, sharding, tokenizer
+from train_lib import bigram, metrics, sharding, tokenizer
 
 SAMPLE_TOKENS = 500
 
@@ -14,7 +14,7 @@ def header(run, first, choices):
   """What is about to run, as text.
 
   Args:
-    run: the Session.
+    run: the Run.
     first: the step that it starts from.
     choices: what dispatch recorded while the step was traced.
   """
@@ -26,9 +26,9 @@ def header(run, first, choices):
        f'{jax.process_count()} process(es)'),
       ('mesh', ' x '.join(f'{a} {n}' for a, n in run.mesh.shape.items())),
       ('layers', f'{config.n_layer}: {_layers(config)}'),
-      ('parameters', f'{run.skeleton.n_params():,}'),
+      ('parameters', f'{run.model.n_params():,}'),
       ('state', '{:,} bytes + {:,} a token, to decode a sequence'.format(
-          *run.skeleton.model.state_bytes())),
+          *run.model.module.state_bytes())),
       ('kernels', kernels(choices)),
       ('data', f'{dataset.name}: {len(dataset.train):,} + '
        f'{len(dataset.val):,} {config.tokenizer} tokens, '
@@ -37,7 +37,7 @@ def header(run, first, choices):
        f'{tokens * run.flops_per_token():.3g} FLOPs'),
       ('workdir', str(run.workdir)),
   ]
-  split = sharding.replicated(run.skeleton, run.mesh)
+  split = sharding.replicated(run.model, run.mesh)
   if split:
     rows.insert(2, ('replicated', 'the mesh does not divide ' + ', '.join(
         split)))
@@ -73,19 +73,26 @@ def compiled(step, seconds):
           f'{total / 2 ** 20:,.0f} MiB per device')
 
 
-def finish(run, state, log):
-  """Evaluates the whole validation split, samples, prints both."""
+def finish(run, state, *, evaluator, log):
+  """Evaluates the whole validation split, samples, prints both.
+
+  Args:
+    run: the Run.
+    state: the TrainState that it ends with.
+    evaluator: the run's evaluate.Evaluator.
+    log: the metrics.Logger.
+  """
   config, rows = run.config, []
   if config.eval_final:
-    final = evaluate.full(run, state.params)
+    final = evaluator.full(state.params)
     log.write(int(state.step), final)
     rows.append(('validation loss', f'{final["val_loss_full"]:.4f} nats a '
                  f'token, over all {final["val_tokens"]:,} tokens'))
     if 'bits_per_byte' in final:
       rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte'))
-  bigram = data.bigram_entropy(run.dataset.train)
-  rows.append(('bigram', f'{evaluate.bigram_loss(run.dataset):.4f}, of a table '
-               f'of pairs; the entropy of the corpus is {bigram:.4f}'))
+  entropy = bigram.entropy(run.dataset.train)
+  rows.append(('bigram', f'{bigram.loss(run.dataset):.4f}, of a table of '
+               f'pairs; the entropy of the corpus is {entropy:.4f}'))
   losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
   if losses:
     rows.append(('best evaluation', f'{min(losses):.4f}'))
@@ -107,7 +114,7 @@ def _sample(run, state):
     ids = []
   ids = ids if len(ids) else run.dataset.val[:1]
   drawn = sample.generate(
-      run.skeleton.merge(params), [ids], key=jax.random.key(config.seed),
+      run.model.merge(params), [ids], key=jax.random.key(config.seed),
       max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
   return vocabulary.decode(ids) + ''.join(tokenizer.stream(

@@ -35,55 +35,55 @@ def make_mesh(config):
   return mesh
 
 
-def state_shardings(state, skeleton, mesh):
+def state_shardings(state, model, mesh):
   """Shardings of a TrainState: moments lie where their parameters lie.
 
   Args:
     state: the TrainState, abstract.
-    skeleton: of its model.
+    model: the AbstractModel that it is of.
     mesh: the mesh.
   """
-  specs = {name: spec(skeleton.variables[name].letters, shape.shape, mesh)
-           for name, shape in skeleton.shapes.items()}
+  specs = {name: spec(model.variables[name].letters, shape.shape, mesh)
+           for name, shape in model.shapes.items()}
 
   def of(path, leaf):
     keys = [getattr(key, 'key', None) for key in path]
     name = next((k for k in keys if k in specs), None)
-    same = name and leaf.shape == skeleton.shapes[name].shape
+    same = name and leaf.shape == model.shapes[name].shape
     return NamedSharding(mesh, specs[name] if same else P())
   return jax.tree_util.tree_map_with_path(of, state)
 
 
-def replicated(skeleton, mesh):
+def replicated(model, mesh):
   """The parameters that the rules would split but the mesh does not divide."""
   def whole(name, letters):
-    shape = skeleton.shapes[name].shape
+    shape = model.shapes[name].shape
     parts = tuple(spec(letters, shape, mesh))[len(shape) - len(letters):]
     return any(mesh_size(mesh, letter) > 1 and part is None
                for letter, part in zip(letters, parts))
-  return [n for n, v in skeleton.variables.items() if whole(n, v.letters)]
+  return [n for n, v in model.variables.items() if whole(n, v.letters)]
 
 
-def global_batch(make, shape_of_rows, mesh):
+def global_batch(make, rows, mesh):
   """A batch over all processes, each making its own rows alone.
 
   Args:
     make: function of a slice of global rows -> {name: np.ndarray}.
-    shape_of_rows: number of rows of the whole batch.
+    rows: how many rows the whole batch has.
     mesh: the mesh.
 
   Returns:
     {name: jax.Array [rows, ...]}, rows over data and fsdp.
   """
   sharding = NamedSharding(mesh, P(RULES['B']))
-  probe = sharding.addressable_devices_indices_map((shape_of_rows,))
-  starts = [index[0].indices(shape_of_rows) for index in probe.values()]
-  low, high = min(s[0] for s in starts), max(s[1] for s in starts)
-  local = make(slice(low, high))
-  return {
-      name: jax.make_array_from_callback(
-          (shape_of_rows, *rows.shape[1:]), sharding,
-          lambda index, rows=rows: rows[
-              index[0].indices(shape_of_rows)[0] - low:
-              index[0].indices(shape_of_rows)[1] - low])
-      for name, rows in local.items()}
+  places = sharding.addressable_devices_indices_map((rows,)).values()
+  bounds = [index[0].indices(rows) for index in places]
+  low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
+
+  def spread(local):
+    def part(index):
+      start, stop, _ = index[0].indices(rows)
+      return local[start - low:stop - low]
+    return jax.make_array_from_callback(
+        (rows, *local.shape[1:]), sharding, part)
+  return jax.tree.map(spread, make(slice(low, high)))

@@ -32,32 +32,42 @@ class TrainState:
   skipped: jax.Array
 
 
-class Skeleton:
-  """The structure of a config's model: no arrays, nothing allocated."""
+class AbstractModel:
+  """The structure of a config's model: no arrays, nothing allocated.
+
+  Attributes:
+    module: the Transformer, of jax.ShapeDtypeStruct.
+    shapes: {name: jax.ShapeDtypeStruct} of its parameters.
+    variables: {name: nnx.Param}, for what a parameter says of itself.
+  """
 
   def __init__(self, config):
     self.config = config
-    self.model = jax.eval_shape(
+    self.module = jax.eval_shape(
         lambda key: _build(config, key), jax.random.key(0))
-    leaves, self.treedef = jax.tree_util.tree_flatten_with_path(self.model)
-    self.names = [
-        jax.tree_util.keystr(path, simple=True, separator='/').removesuffix(
-            '/value') for path, _ in leaves]
+    leaves, self._treedef = jax.tree_util.tree_flatten_with_path(self.module)
+    names = [_name(path) for path, _ in leaves]
     variables = jax.tree.leaves(
-        self.model, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    self.variables = dict(zip(self.names, variables))
-    self.shapes = {n: leaf for n, (_, leaf) in zip(self.names, leaves)}
+        self.module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    self.variables = dict(zip(names, variables))
+    self.shapes = {name: leaf for name, (_, leaf) in zip(names, leaves)}
 
   def init(self, key):
     """{name: array}, freshly initialised."""
-    return dict(zip(self.names, jax.tree.leaves(_build(self.config, key))))
+    return dict(zip(self.shapes, jax.tree.leaves(_build(self.config, key))))
 
   def merge(self, params):
     """The module with these parameters."""
-    return jax.tree.unflatten(self.treedef, [params[n] for n in self.names])
+    return jax.tree.unflatten(
+        self._treedef, [params[name] for name in self.shapes])
 
   def n_params(self):
     return sum(x.size for x in self.shapes.values())
+
+
+def _name(path):
+  return jax.tree_util.keystr(
+      path, simple=True, separator='/').removesuffix('/value')
 
 
 def _build(config, key):

@@ -9,17 +9,10 @@ import optax
 
 from attention.kernels import dispatch
 from model.sharding import mesh_size
-from train_lib import (
-    checkpoints,
-    evaluate,
-    host,
-    loss,
-    metrics,
-    optim,
-    report,
-    session,
-)
-from train_lib.interrupt import Interrupt
+from train_lib import checkpoints, cpu, loss, metrics, optim, report
+from train_lib import run as run_lib
+from train_lib.evaluate import Evaluator
+from train_lib.preemption import Preemption
 from train_lib.state import TrainState
 
 
@@ -29,18 +22,18 @@ def make_step(run):
   Rows are split over gradient_accumulation_steps parts; the loss is the mean
   over all targets of the batch, so that the split changes nothing.
   """
-  config, skeleton, mesh = run.config, run.skeleton, run.mesh
+  config, mesh = run.config, run.mesh
   parts = config.gradient_accumulation_steps
   shards, learning_rate = mesh_size(mesh, 'B'), optim.schedule(config)
 
   def part_loss(params, batch, key, count):
-    model = skeleton.merge(params)
+    module = run.model.merge(params)
     inputs, targets, ids = loss.targets_of(batch)
-    hidden, _ = model.hidden(
+    hidden, _ = module.hidden(
         inputs, segment_ids=ids, dropout_key=key if config.dropout else None,
         mesh=mesh)
     total, plain, _ = loss.cross_entropy(
-        model, hidden, targets, z_loss=config.z_loss, shards=shards)
+        module, hidden, targets, z_loss=config.z_loss, shards=shards)
     return total / count, plain / count
 
   def step(state, batch):
@@ -77,7 +70,7 @@ def make_step(run):
 
   shardings = jax.tree.map(lambda x: x.sharding, run.template)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
-                 compiler_options=host.compiler_options(mesh.devices.flat[0]))
+                 compiler_options=cpu.compiler_options(mesh.devices.flat[0]))
 
 
 def train(config, workdir=None):
@@ -95,14 +88,14 @@ def train(config, workdir=None):
     ValueError: one line on what does not fit, before anything is computed.
     metrics.Diverged: the loss became infinite or no number.
   """
-  host.keep_memory()
-  run = session.open_session(config, workdir)
+  run = run_lib.open_run(config, workdir)
+  evaluator = Evaluator(run)
   with (checkpoints.Checkpoints(run.workdir) as store,
         metrics.Logger(run.config, run.workdir) as log,
         metrics.Profiler(run.config, run.workdir) as profiler,
-        Interrupt() as interrupt):
-    state, first = session.restore(run, store)
-    session.write_config(run)
+        Preemption() as preemption):
+    state, first = run_lib.restore(run, store)
+    run_lib.write_config(run)
     with dispatch.record() as choices:
       step = make_step(run).lower(state, run.batch(first))
     log.say(report.header(run, first, choices))
@@ -111,18 +104,19 @@ def train(config, workdir=None):
     log.say(report.compiled(step, time.perf_counter() - started))
     log.begin(first)
     state = _loop(
-        run, step, state, first, store=store, log=log, profiler=profiler,
-        interrupt=interrupt)
+        run, step, state, first, evaluator=evaluator, store=store, log=log,
+        profiler=profiler, preemption=preemption)
     store.wait()
-    if interrupt.asked:
+    if preemption.asked:
       log.say(f'stopped; the same command with --workdir={run.workdir} goes '
               'on from the last checkpoint')
     else:
-      report.finish(run, state, log)
+      report.finish(run, state, evaluator=evaluator, log=log)
   return log.history
 
 
-def _loop(run, step, state, first, *, store, log, profiler, interrupt):
+def _loop(run, step, state, first, *, evaluator, store, log, profiler,
+          preemption):
   """Runs steps [first, max_iters): dispatched, never waited for."""
   config, meter = run.config, metrics.Meter(run, log, first)
   val_loss = float('inf')
@@ -135,9 +129,9 @@ def _loop(run, step, state, first, *, store, log, profiler, interrupt):
     done, last = index + 1, index + 1 == config.max_iters
     if due(done, config.eval_interval) or last:
       with meter.pause():
-        val_loss = evaluate.quick(run, state.params)
+        val_loss = evaluator.quick(state.params)
         log.write(done, {'val_loss': val_loss})
-    stop = interrupt.requested(store, done)
+    stop = preemption.requested(store, done)
     if stop or last or due(done, save_every):
       with meter.pause():  # A loss that is not finite ends here, unsaved.
         store.save(done, state, meta=run.meta(), val_loss=val_loss)

@@ -18,6 +18,7 @@ Logarithms are to base 2, as in the hardware.
 
 import math
 import types
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -147,7 +148,7 @@ class Launch:
     bounds_checks: whether copies are checked.
     vmem: bytes that the kernel may use, None for the compiler's choice.
   """
-  prefetch = types.MappingProxyType({})
+  prefetch: Mapping = types.MappingProxyType({})
   bounds_checks = True
   vmem = None
 

@@ -9,7 +9,7 @@ import pytest
 
 from model import sample
 from tests.attention import cases
-from train_lib.state import Skeleton
+from train_lib.state import AbstractModel
 
 SIZE, VOCAB = 16, 24
 KEY = jax.random.key(0)
@@ -21,8 +21,8 @@ def model(*kinds, **flags):
   config = cases.config(
       n_embd=16, block_size=SIZE, vocab_size=VOCAB, n_layer=len(kinds),
       attention_list=kinds, init_std=0.5, tie_embeddings=False, **flags)
-  skeleton = Skeleton(config)
-  return skeleton.merge(jax.jit(skeleton.init)(KEY))
+  abstract = AbstractModel(config)
+  return abstract.merge(jax.jit(abstract.init)(KEY))
 
 
 @jax.jit

@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from tests.attention import cases
 from tests.attention.cases import close
 from train_lib import loss
-from train_lib.state import Skeleton
+from train_lib.state import AbstractModel
 
 B, T = 8, 12
 SHAPE = dict(n_embd=16, block_size=16, vocab_size=32)
@@ -39,11 +39,11 @@ def config(*kinds, **flags):
   return cases.config(**flags)
 
 
-def init(skeleton):
+def init(abstract):
   """{name: array} of a model, with random numbers where it has constants."""
   rng = np.random.default_rng(0)
   return {name: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32)
-          for name, x in skeleton.init(jax.random.key(0)).items()}
+          for name, x in abstract.init(jax.random.key(0)).items()}
 
 
 def losses(small, *, mesh=None, params=None, dropout_keys=(None,)):
@@ -51,17 +51,17 @@ def losses(small, *, mesh=None, params=None, dropout_keys=(None,)):
 
   Of one program; with several dropout keys, a list of such pairs.
   """
-  skeleton = Skeleton(small)
-  params = init(skeleton) if params is None else params
+  abstract = AbstractModel(small)
+  params = init(abstract) if params is None else params
   if mesh is not None:
     lie = lambda name, x: NamedSharding(
-        mesh, spec(skeleton.variables[name].letters, x.shape, mesh))
+        mesh, spec(abstract.variables[name].letters, x.shape, mesh))
     params = {n: jax.device_put(x, lie(n, x)) for n, x in params.items()}
 
   @jax.jit
   @jax.value_and_grad
   def both(params, dropout_key):
-    model = skeleton.merge(params)
+    model = abstract.merge(params)
     inputs, targets, ids = loss.targets_of(
         jax.tree.map(jnp.asarray, BATCH))
     hidden, _ = model.hidden(
@@ -155,10 +155,10 @@ def test_bfloat16_trains_every_variant():
 def test_thirty_mixed_layers():
   """Scanned periods and a tail of what is left."""
   small = config(*SOME, n_layer=30, scan_unroll=1, init_std=0.02)
-  skeleton = Skeleton(small)
-  assert skeleton.model.repeats == 30 // len(SOME)
-  assert len(skeleton.model.tail) == 30 % len(SOME)
-  value, grads = losses(small, params=skeleton.init(jax.random.key(0)))
+  abstract = AbstractModel(small)
+  assert abstract.module.repeats == 30 // len(SOME)
+  assert len(abstract.module.tail) == 30 % len(SOME)
+  value, grads = losses(small, params=abstract.init(jax.random.key(0)))
   assert value == pytest.approx(math.log(32), rel=0.2)
   for name, grad in grads.items():
     assert np.isfinite(grad).all(), name
@@ -167,16 +167,16 @@ def test_thirty_mixed_layers():
 
 
 def build(*kinds, **flags):
-  skeleton = Skeleton(config(*kinds, **flags))
-  return skeleton.merge(init(skeleton))
+  abstract = AbstractModel(config(*kinds, **flags))
+  return abstract.merge(init(abstract))
 
 
 def test_a_tail_is_the_beginning_of_the_period():
   layers = attention.layers(config('causal', 'identity', 'causal', n_layer=8))
   assert [str(layer) for layer in layers] == [
       'causal', 'identity', 'causal'] * 2 + ['causal', 'identity']
-  model = Skeleton(
-      config('causal', 'identity', 'causal', n_layer=8)).model
+  model = AbstractModel(
+      config('causal', 'identity', 'causal', n_layer=8)).module
   names = [type(b.mixer).__module__ for b in (*model.periods, *model.tail)]
   assert [n.removeprefix('attention.') for n in names] == [
       'causal', 'identity', 'causal', 'causal', 'identity']
@@ -261,10 +261,10 @@ def test_dropout_is_another_one_in_every_layer_and_step():
     ids=lambda flags: '-'.join(f'{k}={v}' for k, v in flags.items()))
 def test_the_flags_of_the_model_are_read(flags):
   def footprint(small):
-    skeleton = Skeleton(small)
-    jaxpr = jax.make_jaxpr(lambda params: skeleton.merge(params).hidden(
-        TOKENS[:, :T], dropout_key=jax.random.key(0))[0])(skeleton.shapes)
-    start = jax.make_jaxpr(skeleton.init)(jax.random.key(0))
+    abstract = AbstractModel(small)
+    jaxpr = jax.make_jaxpr(lambda params: abstract.merge(params).hidden(
+        TOKENS[:, :T], dropout_key=jax.random.key(0))[0])(abstract.shapes)
+    start = jax.make_jaxpr(abstract.init)(jax.random.key(0))
     return str(jaxpr), str(start)
   base = footprint(config('causal'))
   assert base == footprint(config('causal'))
@@ -295,7 +295,7 @@ def test_the_flags_of_the_model_are_read(flags):
 ], ids=lambda v: '-'.join(map(str, v)) if isinstance(v, dict) else None)
 def test_bad_flags_are_named_when_the_model_is_built(flags, parts):
   with pytest.raises(ValueError) as error:
-    Skeleton(config(**flags))
+    AbstractModel(config(**flags))
   for part in parts:
     assert part in str(error.value)
   assert '\n' not in str(error.value)
@@ -332,9 +332,9 @@ def test_widths_of_mlps():
 
 
 def test_parameters_are_float32_and_know_their_letters():
-  skeleton = Skeleton(config(*ALL, n_layer=2 * len(ALL) + 1))
-  for name, variable in skeleton.variables.items():
-    shape = skeleton.shapes[name]
+  abstract = AbstractModel(config(*ALL, n_layer=2 * len(ALL) + 1))
+  for name, variable in abstract.variables.items():
+    shape = abstract.shapes[name]
     stacked = name.startswith('periods')
     assert shape.dtype == jnp.float32, name
     assert len(variable.letters) + stacked == len(shape.shape), name
@@ -345,12 +345,12 @@ def test_the_count_of_parameters_of_a_gpt2():
   """The 124M of GPT-2: 50,257 tokens, 1,024 positions, 12 layers of 768."""
   small = config('causal', n_layer=12, n_head=12, n_embd=768, bias=True,
                  block_size=1024, vocab_size=50257, norm_variant='layernorm')
-  assert Skeleton(small).n_params() == 124_439_808
+  assert AbstractModel(small).n_params() == 124_439_808
 
 
 def test_flops_of_a_model():
   """Twice its matrices, and the attention of the tokens seen on average."""
-  model = Skeleton(config('causal', n_layer=3)).model
+  model = AbstractModel(config('causal', n_layer=3)).module
   dense = 3 * (4 * 16 * 16 + 2 * 16 * 64) + 32 * 16
   seen = (T + 1) / 2
   assert model.flops(T) == pytest.approx(2 * dense + 3 * 4 * 16 * seen)
@@ -359,8 +359,8 @@ def test_flops_of_a_model():
 @pytest.mark.parametrize('name', ALL)
 def test_scanned_layers_cost_what_single_ones_do(name):
   """The mixers of a period hold the weights of all of its repetitions."""
-  cost = lambda n: Skeleton(config(
-      name, n_layer=n, vocab_size=40)).model.flops(T) - 2 * 40 * 16
+  cost = lambda n: AbstractModel(config(
+      name, n_layer=n, vocab_size=40)).module.flops(T) - 2 * 40 * 16
   assert cost(3) == pytest.approx(3 * cost(1))
   assert cost(1) > 0
 
@@ -369,6 +369,6 @@ def test_scanned_layers_cost_what_single_ones_do(name):
 def test_scanned_layers_have_the_state_of_single_ones(name):
   shapes = lambda n: jax.tree.map(
       lambda x: x.shape[1:],
-      jax.eval_shape(lambda: Skeleton(config(name, n_layer=n)).model.init_state(
-          2, T))[0])
+      jax.eval_shape(lambda: AbstractModel(
+          config(name, n_layer=n)).module.init_state(2, T))[0])
   assert shapes(3) == shapes(1)

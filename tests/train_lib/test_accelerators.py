@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from attention.kernels import dispatch
 from tests.kernels import accelerators
-from train_lib import report, session, sharding, trainer
+from train_lib import report, sharding, trainer
+from train_lib import run as run_lib
 
 # Which kernels each list of layers must run.
 LAYERS = {
@@ -34,7 +35,7 @@ def compile_step(config, tmp_path, monkeypatch):
         attention_list=kinds, n_layer=2 * len(kinds), n_embd=512, n_head=8,
         block_size=1536, batch_size=devices.size, compute_dtype='bfloat16',
         dropout=0.0)
-    run = session.open_session(config, tmp_path / 'run')
+    run = run_lib.open_run(config, tmp_path / 'run')
     batch = {'tokens': jax.ShapeDtypeStruct(
         (config.batch_size, config.block_size + 1), np.int32,
         sharding=NamedSharding(mesh, P(('data', 'fsdp'))))}

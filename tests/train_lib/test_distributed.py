@@ -1,44 +1,30 @@
 """Two processes are one run."""
 
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests.train_lib import runs
 from train_lib import distributed
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def start(config, workdir, *, devices, environment):
-  """A process of main.py on so many CPU devices."""
-  path = workdir.parent / 'config.json'
-  path.write_text(json.dumps(config.to_dict()))
-  flags = f'--xla_force_host_platform_device_count={devices}'
-  return subprocess.Popen(
-      [sys.executable, 'main.py', f'--config={path}', f'--workdir={workdir}'],
-      cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,
-           **environment})
+DEVICES = '--xla_force_host_platform_device_count='
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(config, tmp_path):
   config.update(mesh_data=2, mesh_fsdp=4, dropout=0.0, eval_final=True)
-  one = start(config, tmp_path / 'one', devices=8, environment={})
+  one = runs.start_main(config, tmp_path / 'one', XLA_FLAGS=DEVICES + '8')
   out = one.communicate(timeout=300)[0]
   assert one.returncode == 0, out
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  two = [start(config, tmp_path / 'two', devices=4, environment={
-      'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-      'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(i)}) for i in range(2)]
+  two = [runs.start_main(
+      config, tmp_path / 'two', XLA_FLAGS=DEVICES + '4',
+      JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}', JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(i)) for i in range(2)]
   for process in two:
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out

@@ -1,33 +1,46 @@
-"""The yardstick that every run prints."""
+"""Validation losses are means over targets, each counted once."""
 
-import types
-
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from train_lib import evaluate
+from train_lib import data, loss
+from train_lib import run as run_lib
+from train_lib.evaluate import Evaluator
 
 
-def dataset(train, val, vocab_size):
-  return types.SimpleNamespace(
-      train=np.array(train, np.uint8), val=np.array(val, np.uint8),
-      vocab_size=vocab_size)
+@pytest.mark.usefixtures('one_device')
+def test_quick_and_full_are_means_over_their_targets(config, tmp_path):
+  run = run_lib.open_run(config, tmp_path / 'run')
+  params = jax.jit(run.model.init)(jax.random.key(0))
 
+  @jax.jit
+  def each(batch):
+    inputs, targets, _ = loss.targets_of(batch)
+    module = run.model.merge(params)
+    hidden, _ = module.hidden(inputs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        module.logits(hidden), jnp.maximum(targets, 0))
+    return losses, targets >= 0
 
-def test_a_table_of_pairs():
-  # After 0 comes 1 three times and 2 once.
-  train = [0, 1, 0, 1, 0, 2, 0, 1]
-  small = dataset(train, [0, 1], 3)
-  assert evaluate.bigram_loss(small, prior=1e-9) == pytest.approx(
-      -np.log(3 / 4))
-  assert evaluate.bigram_loss(small, prior=1.0) == pytest.approx(
-      -np.log((3 + 1) / (4 + 3)))
-  unseen = dataset(train, [2, 2], 3)
-  assert evaluate.bigram_loss(unseen, prior=0.5) == pytest.approx(
-      -np.log(0.5 / (1 + 1.5)))
+  def by_hand(batch_of, count):
+    """The loss of every target of so many batches."""
+    batches = [each(batch_of(run.dataset, index=i, rows=slice(None),
+                             batch_size=8, block_size=16))
+               for i in range(count)]
+    losses, wanted = map(np.concatenate, zip(*batches))
+    return losses[wanted]
 
-
-def test_noise_cannot_be_learnt():
-  rng = np.random.default_rng(0)
-  noise = dataset(rng.integers(0, 8, 10**5), rng.integers(0, 8, 10**4), 8)
-  assert evaluate.bigram_loss(noise) == pytest.approx(np.log(8), abs=0.01)
+  evaluator = Evaluator(run)
+  quick = by_hand(data.eval_batch, config.eval_iters)
+  assert evaluator.quick(params) == pytest.approx(quick.mean(), rel=1e-5)
+  full = by_hand(data.full_batch, data.full_batches(
+      run.dataset, batch_size=8, block_size=16))
+  result = evaluator.full(params)
+  assert result['val_tokens'] == len(full) == len(run.dataset.val) - 1
+  assert result['val_loss_full'] == pytest.approx(full.mean(), rel=1e-5)
+  # A token is a byte here.
+  assert result['bits_per_byte'] == pytest.approx(
+      full.mean() / np.log(2), rel=1e-5)

@@ -35,7 +35,9 @@ def test_parts_equal_the_whole(arrays, monkeypatch, z_loss):
     value, plain, count = loss.cross_entropy(
         model(head), hidden, targets, z_loss=z_loss)
     return value, (plain, count)
-  compute = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+  # Traced anew for each use: LOGITS_BYTES is read while it is traced.
+  compute = lambda *args: jax.jit(jax.value_and_grad(
+      total, argnums=(0, 1), has_aux=True))(*args)
   whole = compute(hidden, head)
   monkeypatch.setattr(loss, 'LOGITS_BYTES', B * 4 * VOCAB * 4)
   assert 'scan' in str(jax.make_jaxpr(compute)(hidden, head))

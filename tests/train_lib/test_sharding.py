@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from train_lib import session, sharding
+from train_lib import run as run_lib
+from train_lib import sharding
 
 
 @pytest.fixture
 def run(config, tmp_path):
   config.update(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
-  return session.open_session(config, tmp_path / 'run')
+  return run_lib.open_run(config, tmp_path / 'run')
 
 
 def test_moments_lie_where_their_parameters_lie(run):
@@ -32,8 +33,8 @@ def test_moments_lie_where_their_parameters_lie(run):
 
 def test_what_the_mesh_does_not_divide_is_told(config, tmp_path):
   config.update(mesh_data=2, mesh_fsdp=2, mesh_tensor=2, vocab_size=257)
-  run = session.open_session(config, tmp_path / 'run')
-  assert sharding.replicated(run.skeleton, run.mesh) == ['embed/tokens']
+  run = run_lib.open_run(config, tmp_path / 'run')
+  assert sharding.replicated(run.model, run.mesh) == ['embed/tokens']
 
 
 def test_batches_are_the_same_on_any_mesh(run):

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-from train_lib import data
 from train_lib import tokenizer as tokenizer_lib
 
 TEXT = 'The cat sat.\nThe café was naïve: 5 €, 日本語 🙂.\n' * 40
@@ -131,28 +130,6 @@ def test_stream_of_a_tokenizer_that_joins_words(tmp_path):
   ids = tokenizer.encode('deeper sea')
   assert ids.tolist() == [1, 2, 3]
   assert list(tokenizer_lib.stream(tokenizer, ids)) == ['deep', 'er', ' sea']
-
-
-def test_bpe_encoding_is_kept(tmp_path, monkeypatch):
-  pytest.importorskip('tokenizers')
-  path, cache = tmp_path / 'tale.txt', tmp_path / 'cache'
-  path.write_bytes(TEXT.encode())
-  load = lambda **kwargs: data.load(
-      str(path), tokenizer='bpe:280', cache_dir=cache, **kwargs)
-  first = load()
-  assert first.train.dtype == np.uint16
-  kept = sorted(cache.iterdir())
-  assert [path.suffix for path in kept] == ['.npz', '.npz']
-  with monkeypatch.context() as patch:
-    patch.setattr(tokenizer_lib.Bpe, 'encode', None)
-    again = load()
-  np.testing.assert_array_equal(first.train, again.train)
-  np.testing.assert_array_equal(first.val, again.val)
-  assert first.tokenizer.decode(first.train) == TEXT[:int(0.9 * len(TEXT))]
-  kept[0].write_bytes(b'PK damaged')
-  np.testing.assert_array_equal(load().train, first.train)
-  load(val_fraction=0.3)
-  assert len(list(cache.iterdir())) == 4
 
 
 @pytest.mark.parametrize('spec, message', [

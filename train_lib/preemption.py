@@ -6,7 +6,7 @@ import threading
 import jax
 
 
-class Interrupt:
+class Preemption:
   """While entered, the first signal asks for a stop, a second one leaves.
 
   One process has its own handler. Several ask JAX, whose preemption service

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,42 +12,43 @@ import jax.numpy as jnp
 import attention
 from attention.kernels import dispatch
 from configs import default
-from train_lib import checkpoints, data, evaluate, optim, sharding
-from train_lib.state import Skeleton, TrainState
+from train_lib import checkpoints, corpus, data, optim, sharding
+from train_lib.state import AbstractModel, TrainState
 
 # Where a run is and what is done with it: not part of what it computes.
 PLACE = ('workdir', 'mode')
 
+# Flags that say together which layers there are.
+LAYERS = {'attention_variant', 'attention_list'}
+
 
 @dataclasses.dataclass(frozen=True)
-class Session:
+class Run:
   """A dataset, a mesh, a model without arrays, an optimiser.
 
   Attributes:
     config: resolved: vocab_size and mesh as they are used.
     workdir: the run's folder.
-    dataset: a data.Dataset.
+    dataset: a corpus.Dataset.
     mesh: the jax Mesh.
-    skeleton: the model's structure.
+    model: the AbstractModel.
     optimizer: the optax transformation.
     template: abstract TrainState with shardings.
   """
   config: object
   workdir: pathlib.Path
-  dataset: data.Dataset
+  dataset: corpus.Dataset
   mesh: jax.sharding.Mesh
-  skeleton: Skeleton
+  model: AbstractModel
   optimizer: object
   template: TrainState
 
   def init_state(self):
     """A fresh TrainState, made where it will lie."""
     shardings = jax.tree.map(lambda x: x.sharding, self.template)
-    return jax.jit(self._init, out_shardings=shardings)(
+    init = functools.partial(_init, self.model, self.optimizer)
+    return jax.jit(init, out_shardings=shardings)(
         jax.random.key(self.config.seed))
-
-  def _init(self, key):
-    return _init(self.skeleton, self.optimizer, key)
 
   def batch(self, step):
     """The global training batch of a step."""
@@ -58,14 +59,9 @@ class Session:
             block_size=config.block_size, seed=config.seed),
         config.batch_size, self.mesh)
 
-  @functools.cached_property
-  def evaluator(self):
-    """The jitted function of train_lib.evaluate, compiled once a run."""
-    return evaluate.make_evaluator(self)
-
   def flops_per_token(self):
     """Of a training step: the forward pass, and twice as much backward."""
-    return 3 * self.skeleton.model.flops(self.config.block_size)
+    return 3 * self.model.module.flops(self.config.block_size)
 
   def meta(self):
     """What a checkpoint says of its run, as JSON."""
@@ -74,8 +70,8 @@ class Session:
             'dataset_sha256': self.dataset.sha256}
 
 
-def _init(skeleton, optimizer, key):
-  params = skeleton.init(key)
+def _init(model, optimizer, key):
+  params = model.init(key)
   zero = jnp.zeros((), jnp.int32)
   return TrainState(zero, params, optimizer.init(params), zero)
 
@@ -88,14 +84,16 @@ def saved_config(config):
 def check(config):
   """Raises ValueError for flags that make no sense, or not on this machine."""
   default.check(config)
-  dispatch.check(config.attention_kernel)
+  for layer in attention.layers(config):
+    dispatch.check(dict(layer.flags).get(
+        'attention_kernel', config.attention_kernel))
   if config.profile_steps is not None:
     steps = config.profile_steps
     if len(steps) != 2 or not all(str(s).isdigit() for s in steps):
       raise ValueError(f'profile_steps {steps} must be two steps: FIRST LAST')
 
 
-def open_session(config, workdir=None):
+def open_run(config, workdir=None):
   """Loads the data, builds the mesh and the model's structure.
 
   Args:
@@ -107,9 +105,11 @@ def open_session(config, workdir=None):
   """
   config = config.copy_and_resolve_references()
   check(config)
+  if config.attention_list:
+    config.attention_list = tuple(map(str, attention.listed(config)))
   mesh = sharding.make_mesh(config)
   workdir = make_workdir(workdir or config.workdir, config)
-  dataset = data.load(
+  dataset = corpus.load(
       config.dataset, tokenizer=config.tokenizer, packing=config.packing,
       val_fraction=config.val_fraction)
   config.vocab_size = config.vocab_size or dataset.vocab_size
@@ -117,16 +117,15 @@ def open_session(config, workdir=None):
     raise ValueError(
         f'vocab_size ({config.vocab_size}) is less than the '
         f'{dataset.vocab_size} token ids of {config.dataset}: leave it out')
-  skeleton = Skeleton(config)
-  optimizer = optim.build(config, skeleton)
+  model = AbstractModel(config)
+  optimizer = optim.build(config, model)
   abstract = jax.eval_shape(
-      functools.partial(_init, skeleton, optimizer), jax.random.key(0))
-  shardings = sharding.state_shardings(abstract, skeleton, mesh)
+      functools.partial(_init, model, optimizer), jax.random.key(0))
+  shardings = sharding.state_shardings(abstract, model, mesh)
   template = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       abstract, shardings)
-  return Session(config, workdir, dataset, mesh, skeleton, optimizer,
-                 template)
+  return Run(config, workdir, dataset, mesh, model, optimizer, template)
 
 
 def make_workdir(workdir, config):
@@ -150,47 +149,47 @@ def make_workdir(workdir, config):
   return folder
 
 
-def restore(session, store):
+def restore(run, store):
   """(state, step) to go on from: of the newest good checkpoint, or fresh.
 
   Raises:
     ValueError: the checkpoint is of another model.
   """
-  for step in store.steps()[::-1][:1]:
-    compatible(store.meta(step)['config'], session.config, session.workdir)
-  found = store.restore(checkpoints.flatten(session.template))
+  if store.steps():
+    newest = store.meta(store.steps()[-1])
+    compatible(newest['config'], run.config, run.workdir)
+  found = store.restore(checkpoints.flatten(run.template))
   if found is None:
-    return session.init_state(), 0
+    return run.init_state(), 0
   step, items, meta = found
-  if meta['tokenizer'] != session.dataset.tokenizer.to_json():
-    raise ValueError(f'the tokenizer that {session.config.tokenizer} gives on '
-                     f'{session.config.dataset} is not the one that '
-                     f'{session.workdir} was trained with: use another '
-                     '--workdir')
-  return checkpoints.unflatten(session.template, items), step
+  if meta['tokenizer'] != run.dataset.tokenizer.to_json():
+    raise ValueError(
+        f'the tokenizer that {run.config.tokenizer} gives on '
+        f'{run.config.dataset} is not the one that {run.workdir} was trained '
+        'with: use another --workdir')
+  return checkpoints.unflatten(run.template, items), step
 
 
 def compatible(saved, config, workdir):
-  """Raises if a flag that makes the model differs; returns what else does."""
+  """Raises ValueError if a flag that makes the model is not as it was saved."""
+  fields, of_model = default.fields(), default.model_flags()
+  runtime = fields.keys() - of_model
   # A run that is older than a flag had its default.
-  saved = {k: saved.get(k, f.default) for k, f in default.fields().items()}
-  changed = {k: (saved[k], config[k]) for k in saved
-             if k not in PLACE and _plain(saved[k]) != _plain(config[k])}
-  for flag in default.model_flags():
-    if flag in changed:
-      before, now = changed[flag]
+  before = {f: saved.get(f, field.default) for f, field in fields.items()}
+  now = dict(config)
+  for values in (before, now):
+    layers = attention.layers(types.SimpleNamespace(**values))
+    values['layers'] = attention.shortest(
+        layer.without(runtime) for layer in layers)
+  for flag in (*sorted(of_model - LAYERS), 'layers'):
+    if before[flag] != now[flag]:
       raise ValueError(
-          f'{flag} is {now}, but the model in {workdir} has {flag}={before}: '
-          'use another --workdir, or the old value')
-  return changed
+          f'{flag} is {now[flag]}, but the model in {workdir} has '
+          f'{flag}={before[flag]}: use another --workdir, or the old value')
 
 
-def _plain(value):
-  return json.loads(json.dumps(value))
-
-
-def write_config(session):
+def write_config(run):
   """Leaves config.json in the workdir, to be passed back as --config."""
   if jax.process_index() == 0:
     checkpoints.write_json(
-        session.workdir / 'config.json', saved_config(session.config))
+        run.workdir / 'config.json', saved_config(run.config))

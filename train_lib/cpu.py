@@ -15,8 +15,9 @@ def keep_memory():
 
   XLA's CPU client frees its temporaries after every step, and mapping them
   anew costs a third of a small step in page faults. The arenas of threads
-  give memory back whatever the thresholds say, so there must be but one: call
-  this before JAX starts its threads.
+  give memory back whatever the thresholds say, so there must be but one: a
+  program calls this first, before NumPy or JAX starts a thread. A library
+  does not: how a process allocates is for the program to say.
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if sys.platform == 'linux' and mallopt is not None:

@@ -1,0 +1,65 @@
+"""What is checked of a config and of a folder before anything is computed."""
+
+import json
+
+import pytest
+
+from train_lib import run as run_lib
+from train_lib import trainer
+
+BAD = [
+    ('gradient_accumulation_steps', 3, 'batch_size .8. must be a multiple'),
+    ('mesh_tensor', 3, 'does not fit the 1 devices'),
+    ('nan_policy', 'hope', 'unknown nan_policy'),
+    ('optimizer', 'adam', 'did you mean adamw'),
+    ('lr_schedule', 'cosin', 'did you mean cosine'),
+    ('mlp_variant', 'glu', 'did you mean gelu'),
+    ('norm_variant', 'rms', 'known: rmsnorm, layernorm'),
+    ('attention_variant', 'casual', 'did you mean causal'),
+    ('block_size', 10**6, 'block_size'),
+    ('n_head', 3, r'n_head \(3\) must divide n_embd \(16\)'),
+    ('n_kv_group', 3, r'n_kv_group \(3\) must divide n_head \(2\): use 1 or 2'),
+    ('dataset', '/nowhere/at/all', 'dataset'),
+    ('vocab_size', 10, 'vocab_size'),
+    ('eval_iters', 0, 'eval_iters'),
+    ('remat', 'some', 'unknown remat'),
+    ('compute_dtype', 'float16', 'unknown compute_dtype'),
+    ('profile_steps', ('1',), 'profile_steps'),
+]
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+@pytest.mark.parametrize('flag,value,message', BAD, ids=[b[0] for b in BAD])
+def test_bad_flags_get_one_line(config, tmp_path, flag, value, message):
+  config[flag] = value
+  with pytest.raises(ValueError, match=message) as error:
+    trainer.train(config, tmp_path / 'run')
+  assert '\n' not in str(error.value)
+
+
+def test_another_model_is_refused(config, trained):
+  config.n_embd = 32
+  with pytest.raises(ValueError, match='n_embd is 32.*n_embd=16'):
+    trainer.train(config, trained.workdir)
+  config.n_embd, config.tokenizer = 16, 'char'
+  with pytest.raises(ValueError, match='tokenizer|vocab_size'):
+    trainer.train(config, trained.workdir)
+
+
+def test_workdir_that_cannot_be_written(config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='--workdir='):
+    run_lib.open_run(config, tmp_path / 'file/run')
+
+
+def test_a_new_folder_is_named_after_the_layers(config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config.attention_list = ('causal', 'ssm')
+  folder = run_lib.make_workdir(None, config)
+  assert folder.is_dir() and folder.parent.name == 'runs'
+  assert folder.name.endswith('_causal-ssm')
+
+
+def test_the_config_is_left_in_the_folder(trained):
+  saved = json.loads((trained.workdir / 'config.json').read_text())
+  assert saved['vocab_size'] == 256 and 'workdir' not in saved
