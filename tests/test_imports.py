@@ -111,3 +111,30 @@ def test_importing_everything_touches_no_device():
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT,
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+# The rooms of an op: a newcomer who knows one knows all.
+OPS = ('flash', 'scan', 'chunked')
+ENTRIES = {'__init__.py', 'reference.py', 'xla.py', 'tpu', 'gpu'}
+MORE = {'flash': {'plain.py', 'cudnn.py'}}
+ROOM = {'__init__.py', 'launch.py', 'forward_kernel.py', 'backward_kernel.py'}
+MORE_IN_ROOM = {'blocks.py', 'chunk.py', 'states.py'}
+
+
+def entries(*place):
+  folder = ROOT.joinpath('attention', 'kernels', *place)
+  return {path.name for path in folder.iterdir() if path.name[0] not in '._'
+          or path.name == '__init__.py'} - {'__pycache__'}
+
+
+@pytest.mark.parametrize('op', OPS)
+def test_every_op_has_the_same_rooms(op):
+  assert entries(op) == ENTRIES | MORE.get(op, set())
+  for room in ('tpu', 'gpu'):
+    assert ROOM <= entries(op, room) <= ROOM | MORE_IN_ROOM
+
+
+def test_every_op_is_known():
+  folders = {path.name for path in (ROOT / 'attention/kernels').iterdir()
+             if path.is_dir()} - {'__pycache__'}
+  assert folders == set(OPS)
