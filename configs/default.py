@@ -24,6 +24,10 @@ class Run:
   distributed: str = option(
       'auto', 'join several processes (jax.distributed)',
       choices=('auto', 'yes', 'no'))
+  kernel_check: str = option(
+      'auto', 'whether Pallas kernels prove themselves on this device before '
+      'they are used; auto: once for a device, a version and a model',
+      choices=('auto', 'always', 'off'))
   seed: int = option(
       1337, 'seed of parameters, batches, dropout and samples', at_least=0)
 

@@ -6,7 +6,13 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from model import sample
-from train_lib import checkpoints, evaluate, metrics, tokenizer
+from train_lib import (
+    checkpoints,
+    evaluate,
+    kernel_check,
+    metrics,
+    tokenizer,
+)
 from train_lib import run as run_lib
 from train_lib.state import AbstractModel
 
@@ -20,6 +26,7 @@ def _store(workdir, mode):
   return checkpoints.Checkpoints(workdir, read_only=True)
 
 
+@kernel_check.proven
 def evaluate_run(config, workdir=None):
   """Loss of a run's best checkpoint over its whole validation split.
 
@@ -72,6 +79,7 @@ def load(workdir, config):
   return model, tokenizer.from_json(meta['tokenizer']), step
 
 
+@kernel_check.proven
 def sample_run(config, workdir=None):
   """Prints continuations of config.prompt; a single one as it is drawn.
 

@@ -9,7 +9,15 @@ import optax
 
 from attention.kernels import dispatch
 from model.sharding import mesh_size
-from train_lib import checkpoints, cpu, loss, metrics, optim, report
+from train_lib import (
+    checkpoints,
+    cpu,
+    kernel_check,
+    loss,
+    metrics,
+    optim,
+    report,
+)
 from train_lib import run as run_lib
 from train_lib.evaluate import Evaluator
 from train_lib.preemption import Preemption
@@ -73,6 +81,7 @@ def make_step(run):
                  compiler_options=cpu.compiler_options(mesh.devices.flat[0]))
 
 
+@kernel_check.proven
 def train(config, workdir=None):
   """Trains, or goes on training, and returns the history of metrics.
 

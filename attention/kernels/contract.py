@@ -3,7 +3,8 @@
 An op is a folder. Its face, `__init__.py`, checks the arguments and makes two
 things of them: `Operands`, a NamedTuple of arrays and None, what differs from
 call to call; and `Rule`, a hashable NamedTuple, what a program is compiled for.
-`reference.py` is its definition. An implementation is a module with
+`reference.py` is its definition. The face's `run(module, rule, operands)` gives
+the outputs of an implementation, differentiable. That is a module with
 
   check(operands, rule)
       raises NotImplementedError for what it cannot do, before any lowering.

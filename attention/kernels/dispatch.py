@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import importlib
 import logging
+import types
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,21 @@ PREFERENCE = {'tpu': ('tpu', 'xla'), 'gpu': ('gpu', 'cudnn', 'xla')}
 
 # The platform of implementations that run on one alone.
 PLATFORM = {'tpu': 'tpu', 'gpu': 'gpu', 'cudnn': 'gpu'}
+
+
+class Call(NamedTuple):
+  """A call of an op, as it was traced.
+
+  Attributes:
+    op: package of the op.
+    implementation: its name.
+    operands: of jax.ShapeDtypeStruct.
+    rule: of the op.
+  """
+  op: str
+  implementation: str
+  operands: tuple
+  rule: tuple
 
 
 class Target(NamedTuple):
@@ -32,13 +48,24 @@ class Target(NamedTuple):
   chip: str
 
 
-_pretended = contextvars.ContextVar('pretended', default=None)
-_choices = contextvars.ContextVar('choices', default=None)
+_pretended: contextvars.ContextVar = contextvars.ContextVar(
+    'pretended', default=None)
+_choices: contextvars.ContextVar = contextvars.ContextVar(
+    'choices', default=None)
+_calls: contextvars.ContextVar = contextvars.ContextVar(
+    'calls', default=None)
+_avoided: contextvars.ContextVar = contextvars.ContextVar(
+    'avoided', default=types.MappingProxyType({}))
 
 
 def target():
   """The Target: of jax's default backend, unless one is pretended."""
-  return _pretended.get() or _attached()
+  return pretended() or _attached()
+
+
+def pretended():
+  """The Target that is pretended, or None."""
+  return _pretended.get()
 
 
 def _attached():
@@ -60,11 +87,8 @@ def pretend(platform, chip):
   A function that jax.jit has traced before is not traced again: make a new one
   inside.
   """
-  token = _pretended.set(Target(platform, chip))
-  try:
+  with _set(_pretended, Target(platform, chip)):
     yield
-  finally:
-    _pretended.reset(token)
 
 
 @contextlib.contextmanager
@@ -73,11 +97,34 @@ def record():
 
   Of every call that is traced inside: what really runs.
   """
-  token = _choices.set({})
+  with _set(_choices, {}) as choices:
+    yield choices
+
+
+@contextlib.contextmanager
+def listen():
+  """Yields the list of Calls that are traced inside, all of them by xla.
+
+  A kernel that cannot even be traced is heard of, too.
+  """
+  with _set(_calls, []) as calls:
+    yield calls
+
+
+@contextlib.contextmanager
+def avoid(reasons):
+  """Declines implementations inside: {(op, implementation): why}."""
+  with _set(_avoided, {**_avoided.get(), **reasons}):
+    yield
+
+
+@contextlib.contextmanager
+def _set(variable, value):
+  token = variable.set(value)
   try:
-    yield _choices.get()
+    yield value
   finally:
-    _choices.reset(token)
+    variable.reset(token)
 
 
 def check(implementation):
@@ -115,11 +162,17 @@ def select(op, implementation, known, operands, rule):
   for name in candidates:
     module = importlib.import_module(f'{op}.{name}')
     try:
+      if (op, name) in _avoided.get():
+        raise NotImplementedError(_avoided.get()[op, name])
       module.check(operands, rule)
     except NotImplementedError as reason:
       declined.append(f'{name}: {reason}')
       continue
     _record(op, name, '; '.join(declined))
+    if _calls.get() is not None:
+      shapes = jax.eval_shape(lambda: operands)
+      _calls.get().append(Call(op, name, shapes, rule))
+      return importlib.import_module(f'{op}.xla')
     return module
   raise NotImplementedError(f'{op} cannot run here: ' + '; '.join(declined))
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attention.kernels import contract, dispatch
+from attention.kernels.contract import run
 
 IMPLEMENTATIONS = ('xla', 'tpu', 'gpu')
 
@@ -91,7 +92,7 @@ def chunked_linear_attention(
   operands, rule = Operands(q, k, v, decay, s0, z0, starts), Rule(normalize)
   module = dispatch.select(
       __name__, implementation, IMPLEMENTATIONS, operands, rule)
-  y, sT, zT = contract.run(module, rule, operands)
+  y, sT, zT = run(module, rule, operands)
   return y, (sT if normalize is None else (sT, zT))
 
 

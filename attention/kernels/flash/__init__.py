@@ -108,6 +108,11 @@ def flash_attention(
   return _attend(module, rule, operands, sink)
 
 
+def run(module, rule, operands):
+  """(out, lse) of an implementation, differentiable in its operands."""
+  return _attend(module, rule, operands, None)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(module, rule, operands, sink):
   return _attend_forward(module, rule, operands, sink)[0]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attention.kernels import contract, dispatch
+from attention.kernels.contract import run
 
 IMPLEMENTATIONS = ('xla', 'tpu', 'gpu')
 
@@ -95,4 +96,4 @@ def selective_scan(
   rule = Rule(dt_softplus)
   module = dispatch.select(
       __name__, implementation, IMPLEMENTATIONS, operands, rule)
-  return contract.run(module, rule, operands)
+  return run(module, rule, operands)
