@@ -1,14 +1,10 @@
 """Memory-efficient attention in plain jnp, shaped for XLA on CPU.
 
-One (batch, key head) pair at a time, so that a tile of scores stays in a
-core's cache; query blocks by key blocks, with loop bounds that skip what the
-mask empties, and no mask on tiles that are fully visible. The online softmax is
-Milakov and Gimelshein's (https://arxiv.org/abs/1805.02867), the backward pass
-that of FlashAttention (https://arxiv.org/abs/2205.14135).
-
-Tiles are [queries, keys] in the forward pass and [keys, queries] in the
-backward pass: with these, no matmul reads its left side transposed, which
-takes XLA:CPU twice the time.
+docs/kernels.md has the design. The online softmax is Milakov and Gimelshein's
+(https://arxiv.org/abs/1805.02867), the backward pass that of FlashAttention
+(https://arxiv.org/abs/2205.14135). Tiles are [queries, keys] in the forward pass
+and [keys, queries] in the backward pass: with these, no matmul reads its left
+side transposed, which takes XLA:CPU twice the time.
 """
 
 

@@ -1,15 +1,9 @@
 """Selective scan in plain jnp: one step at a time, chunk by chunk.
 
-The forward pass keeps the state before each chunk. The backward pass takes the
-chunks in reverse, recomputes the states of one chunk, and walks back through
-it. A chunk of states fits the cache, and nothing of B T E M elements exists.
-On a CPU this is several times faster than associative scans, whole or inside
-chunks: those do more arithmetic and go through memory at each of their levels.
-
-The state is laid out [B, M, E]: channels last, so that every step is one
-vector operation over E, with B_t and C_t broadcast. Inputs are laid out
-[T, B, ...], and filled up with zeros to whole chunks: a step size of zero
-leaves the state as it is.
+docs/kernels.md has the design. The state is laid out [B, M, E]: channels last,
+so that every step is one vector operation over E, with B_t and C_t broadcast.
+Inputs are laid out [T, B, ...], and filled up with zeros to whole chunks: a step
+size of zero leaves the state as it is.
 """
 
 import jax

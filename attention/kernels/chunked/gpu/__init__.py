@@ -1,17 +1,9 @@
 """Chunked linear attention for Hopper GPUs, in Mosaic GPU.
 
-Two passes forward: `states` walks over the chunks and writes the state before
-each one; then every chunk is on its own, a thread block each, which reads that
-state. Two passes backward: the same walk in reverse for the gradient of the
-state after each chunk, then again every chunk on its own. A chunk has 64 steps,
-the rows of a warpgroup's product.
-
-Decays come as vectors of float32 (`chunk`), from which a tile of the decays of
-all pairs takes one addition. A step that starts a document has a log decay of
--inf, so that segments cost nothing more.
-
-States are float32 in registers; what the outputs read of them is rounded to the
-dtype of the inputs, as every operand of the tensor cores.
+Two passes each way: `states` walks over the chunks, then every chunk is on its
+own. docs/kernels.md has the design. States are float32 in registers; what the
+outputs read of them is rounded to the dtype of the inputs, as every operand of
+the tensor cores.
 """
 
 import jax.numpy as jnp

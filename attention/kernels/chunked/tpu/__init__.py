@@ -1,22 +1,14 @@
 """Linear attention in chunks for TPU, in Pallas (Mosaic TPU).
 
-A program takes one key head and its query heads through the sequence, S [H,V]
-and z [1,H] in VMEM in float32. In a chunk of C steps, with rows for the
-queries of all G heads:
+In a chunk of C steps, with rows for the queries of all G heads:
 
   W = q k^T * D        D[t,s] = exp(sum of decays of s+1..t) for s <= t
   y = W v + a q S      a[t] = exp(sum of decays up to t)
   S = e S + (b k)^T v  b[s] = exp(sum of decays after s), e that of them all
 
 With a normaliser y is divided by the row sums of W plus a q z, plus eps, where
-z is to k as S is to k v^T.
-
-The state is saved before each block of a few chunks, for the backward kernel.
-Products take S, W and b k in the dtype of the inputs and add up in float32.
-
-Steps of another document, and those after the last, are zeroed as they are
-loaded (see `blocks.walk`): zeros with a log decay of 0 leave the state as
-it is, and nothing that a product multiplies by 0 can be inf or nan.
+z is to k as S is to k v^T. Products take S, W and b k in the dtype of the inputs
+and add up in float32. docs/kernels.md has the rest of the design.
 """
 
 from attention.kernels import chunked

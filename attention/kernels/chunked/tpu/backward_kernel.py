@@ -1,10 +1,4 @@
-"""The backward TPU kernel of chunked linear attention.
-
-Blocks are taken in reverse, dS and dz in VMEM. The states before each chunk of
-a block are computed again from the one that the forward kernel saved before
-the block; then each chunk yields all of its gradients. What the forward kernel
-did not write, the weights and denominators, is computed again too.
-"""
+"""The backward TPU kernel of chunked linear attention: blocks in reverse."""
 
 import jax
 import jax.numpy as jnp

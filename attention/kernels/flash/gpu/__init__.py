@@ -1,14 +1,8 @@
 """Flash attention for Hopper GPUs, in Mosaic GPU: three kernels.
 
-Those of outputs and of dq give a block of queries to each thread block and walk
-over the keys that it sees; that of dk and dv gives it a block of keys and walks
-over the queries of the whole group, so that every output is written once, in a
-fixed order, without atomics. Each thread block has two warpgroups that compute,
-64 rows each, and one that only starts the TMA copies into a ring of shared
-memory buffers which both read.
-
-Scores live in units of log 2, because the hardware's exponential is 2^x. The
-wgmma instructions exist on compute capability 9.0 alone.
+docs/kernels.md has the design: who owns which rows, rings, turns. Scores live in
+units of log 2, because the hardware's exponential is 2^x. The wgmma instructions
+exist on compute capability 9.0 alone.
 """
 
 import jax

@@ -1,18 +1,7 @@
 """Flash attention for TPU, forward and backward, in Pallas (Mosaic TPU).
 
-Scores are held transposed, [keys, queries]. The softmax then reduces over
-sublanes, which the vector unit does by itself, and the running maximum and sum
-of a query block are single rows; [queries, keys] would send each block through
-the cross-lane unit twice. The value product is v^T p, so that narrow values
-(V = 64) cost half of wide ones instead of the same. Only v (forward) and k
-(backward) are transposed, once a block, and out and dq, once a query block.
-
-A grid step is one visit: a block of queries against a block of keys, from the
-list made by `blocks.visits`. What the mask empties is not in the list.
-Blocks that it leaves whole run a body without a mask, the blocks on the
-diagonal one without the tiles above the diagonal.
-
-Online softmax: https://arxiv.org/abs/1805.02867; backward:
+docs/kernels.md has the design: visits, transposed scores, blocks. Online
+softmax: https://arxiv.org/abs/1805.02867; backward:
 https://arxiv.org/abs/2205.14135.
 """
 

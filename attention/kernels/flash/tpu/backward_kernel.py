@@ -1,9 +1,4 @@
-"""The backward TPU kernel of flash attention.
-
-It makes dq, dk and dv of a visit at once, from one recomputation of p. dq is
-complete when its query block is left; dk and dv are added up in VMEM, for all
-keys and over the query heads of the group, and written once.
-"""
+"""The backward TPU kernel of flash attention: dq, dk and dv of a visit at once."""
 
 import functools
 

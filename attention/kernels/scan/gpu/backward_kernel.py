@@ -1,15 +1,7 @@
 """The gradients: one walk backwards over the chunks of a part of the sequence.
 
-From the state before a chunk it first runs forwards, keeping the state before
-each group of 4 steps in shared memory. Then, the last group first, it runs
-through a group again, keeping its decays and what they leave of each state in
-registers, and walks back. So each exponential is computed twice, and no more
-than a chunk of states ever exists.
-
-The gradients of B and C are sums over channels. Each thread writes its products
-of two steps (32 numbers) into a row of shared memory, and reads a column of a
-quarter of the rows; quarters are added at the end of a chunk, the blocks of
-channels after the kernel: always in the same order.
+Each exponential is computed twice, and no more than a chunk of states ever
+exists: docs/kernels.md has the order of it.
 """
 
 import functools

@@ -1,11 +1,4 @@
-"""The scan: a thread block takes 128 channels through a part of the sequence.
-
-Inputs come by TMA into two stages of shared memory, so that copies run while
-the chunk before is computed; B and C are the same for all threads, which read
-them as wide words. What limits it are the exponentials, one for each state,
-step and channel: the special function unit gives 16 a clock. All else is made
-to fit beside them.
-"""
+"""The scan: a thread block takes 128 channels through a part of the sequence."""
 
 import functools
 

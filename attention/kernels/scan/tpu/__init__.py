@@ -1,31 +1,7 @@
 """Selective scan for TPU, forward and backward, in Pallas (Mosaic TPU).
 
-The state of 128 channels is [M, 128]: M / 8 vectors. A step multiplies it by
-e^(d A), adds (d x) B and sums its product with C over the states. Everything
-else is done for a whole chunk of time at once, before the steps (softplus, d x,
-dy silu(z)) or after them (D x, the gate, slopes), in the same kernel: series
-are read once and written once.
-
-- d and d x lie in VMEM in float32; a load broadcasts a step over the states.
-- B and C become vectors of equal lanes, [steps, M, 128], once for all channels
-  of a chunk: repeat a row of 128 numbers, and transpose it. So blocks of
-  channels are the innermost dimension of the grid; their states stay in VMEM.
-- The sum over the states stops at 8 sublanes. They are stored 8 rows apart, so
-  that those of 8 steps make 8 vectors whose sum has a step in each sublane.
-  A sum within each vector would take three rotations and additions a step.
-- Four groups of 128 channels (at M = 16) take 16 steps in turn, unrolled: eight
-  vectors that do not wait for each other fill the vector unit. One group alone
-  still runs at 60% of that, so that pieces of time side by side, which need
-  more than twice the arithmetic, would never pay; with few channels two rows of
-  the batch go together.
-- Where a document starts, states are zeroed by selection, never by a product.
-  Chunks without a start run a body without selections.
-
-The forward kernel saves the state before each chunk. The backward kernel takes
-chunks last first: it recomputes the states of a chunk into VMEM, then walks
-back. Exponentials are computed again: to store them would cost more. dB and dC
-are summed over channels in VMEM, in order, and over lanes at the end of a
-chunk; dA, dD and ddt_bias over time in VMEM and over the batch outside.
+docs/kernels.md has the design: where the state lies, what is done for a whole
+chunk at once, and why.
 """
 
 from attention.kernels import scan

@@ -1,8 +1,4 @@
-"""The backward TPU kernel of the selective scan: the gradients of a chunk.
-
-Chunks come last first. The states of a chunk are computed again from the one
-that the forward kernel saved; then the steps are walked back.
-"""
+"""The backward TPU kernel of the selective scan: chunks come last first."""
 
 import functools
 
