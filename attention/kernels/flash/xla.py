@@ -2,9 +2,9 @@
 
 docs/kernels.md has the design. The online softmax is Milakov and Gimelshein's
 (https://arxiv.org/abs/1805.02867), the backward pass that of FlashAttention
-(https://arxiv.org/abs/2205.14135). Tiles are [queries, keys] in the forward pass
-and [keys, queries] in the backward pass: with these, no matmul reads its left
-side transposed, which takes XLA:CPU twice the time.
+(https://arxiv.org/abs/2205.14135). Tiles are [queries, keys] in the forward
+pass and [keys, queries] in the backward pass: with these, no matmul reads its
+left side transposed, which takes XLA:CPU twice the time.
 """
 
 

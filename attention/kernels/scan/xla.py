@@ -2,8 +2,8 @@
 
 docs/kernels.md has the design. The state is laid out [B, M, E]: channels last,
 so that every step is one vector operation over E, with B_t and C_t broadcast.
-Inputs are laid out [T, B, ...], and filled up with zeros to whole chunks: a step
-size of zero leaves the state as it is.
+Inputs are laid out [T, B, ...], and filled up with zeros to whole chunks: a
+step size of zero leaves the state as it is.
 """
 
 import jax

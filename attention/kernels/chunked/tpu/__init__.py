@@ -7,8 +7,8 @@ In a chunk of C steps, with rows for the queries of all G heads:
   S = e S + (b k)^T v  b[s] = exp(sum of decays after s), e that of them all
 
 With a normaliser y is divided by the row sums of W plus a q z, plus eps, where
-z is to k as S is to k v^T. Products take S, W and b k in the dtype of the inputs
-and add up in float32. docs/kernels.md has the rest of the design.
+z is to k as S is to k v^T. Products take S, W and b k in the dtype of the
+inputs and add up in float32. docs/kernels.md has the rest of the design.
 """
 
 from attention.kernels import chunked

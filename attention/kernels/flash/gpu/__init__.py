@@ -1,8 +1,8 @@
 """Flash attention for Hopper GPUs, in Mosaic GPU: three kernels.
 
-docs/kernels.md has the design: who owns which rows, rings, turns. Scores live in
-units of log 2, because the hardware's exponential is 2^x. The wgmma instructions
-exist on compute capability 9.0 alone.
+docs/kernels.md has the design: who owns which rows, rings, turns. Scores live
+in units of log 2, because the hardware's exponential is 2^x. The wgmma
+instructions exist on compute capability 9.0 alone.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The backward TPU kernel of flash attention: dq, dk and dv of a visit at once."""
+"""The backward TPU kernel of flash attention: all gradients of a visit."""
 
 import functools
 

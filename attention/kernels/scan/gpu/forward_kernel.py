@@ -1,4 +1,4 @@
-"""The scan: a thread block takes 128 channels through a part of the sequence."""
+"""The scan: 128 channels of a thread block through a part of the sequence."""
 
 import functools
 
