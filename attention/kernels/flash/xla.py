@@ -7,7 +7,6 @@ pass and [keys, queries] in the backward pass: with these, no matmul reads its
 left side transposed, which takes XLA:CPU twice the time.
 """
 
-
 import jax
 import jax.numpy as jnp
 
