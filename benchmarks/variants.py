@@ -1,12 +1,15 @@
 """Trains the default job with every variant, and measures each.
 
   python benchmarks/variants.py
-  python benchmarks/variants.py --variants ssm causal,causal,ssm --max_iters 200
+  python benchmarks/variants.py --variants ssm causal,causal,ssm --seeds 1
 
-Prints a Markdown table: parameters, validation loss over the whole split,
-ms a training step, tokens a second of decoding, bytes of decoding state at two
-lengths. A variant with commas is an attention_list. Times are of this machine,
-one variant after the other; compare them within one run of the script.
+Every variant has the positions that suit it, rotary beside the learned ones
+where it has the flag, and as many parameters as causal: the width of the mlp is
+what gives. A variant with commas is an attention_list. Prints a Markdown table:
+parameters, validation loss over the whole split (mean and standard deviation
+over the seeds), ms a training step, tokens a second of decoding, bytes of
+decoding state at two lengths. Times are of this machine, one variant after the
+other; compare them within one run of the script.
 """
 
 import argparse
@@ -21,22 +24,39 @@ import attention
 from configs import default
 from model import sample
 from train_lib import bigram, corpus, cpu, inference, trainer
+from train_lib.state import AbstractModel
 
 LENGTHS = (1024, 65536)
 DECODED = 256
+LIKE = 'causal'  # has the parameters that the others are given
 
 
 def config_of(kinds, max_iters):
   """The default config with a variant, or with a list of them."""
   config = default.get_config()
-  kinds = tuple(kinds.split(','))
-  if len(kinds) > 1:
-    config.attention_list = kinds
-  else:
-    config.attention_variant = kinds[0]
+  config.attention_list = tuple(kinds.split(','))
   config.max_iters = max_iters or config.max_iters
   config.log_interval = min(config.log_interval, config.max_iters)
+  config.vocab_size = 256
+  config.use_rotary_embeddings = any(
+      'use_rotary_embeddings' in attention.flags(layer.variant)
+      for layer in attention.layers(config))
   return config
+
+
+def n_params(config, mlp_width):
+  config = config.copy_and_resolve_references()
+  config.mlp_width = mlp_width
+  return AbstractModel(config).n_params()
+
+
+def match(config):
+  """Sets the width of the mlp to that of the parameters of LIKE."""
+  like = config_of(LIKE, config.max_iters)
+  base = 4 * config.n_embd
+  wanted = n_params(like, base)
+  one = n_params(config, base + 1) - n_params(config, base)
+  config.mlp_width = base + round((wanted - n_params(config, base)) / one)
 
 
 def decode_speed(model):
@@ -52,17 +72,23 @@ def decode_speed(model):
   return max(rates[1:])
 
 
-def row(kinds, max_iters):
+def row(kinds, flags):
   """The cells of one variant."""
-  config = config_of(kinds, max_iters)
-  with tempfile.TemporaryDirectory() as workdir:
-    history = trainer.train(config, workdir)
-    model, _, _ = inference.load(workdir, config)
+  config = config_of(kinds, flags.max_iters)
+  match(config)
+  losses, speed = [], []
+  for seed in range(flags.seeds):
+    config.seed = 1337 + seed
+    with tempfile.TemporaryDirectory() as workdir:
+      history = trainer.train(config, workdir)
+      model, *_ = inference.load(workdir, config)
+    losses.append(history[-1]['val_loss_full'])
+    speed += [r['ms_per_step'] for r in history if 'ms_per_step' in r]
   constant, per_token = model.state_bytes()
-  speed = [r['ms_per_step'] for r in history if 'ms_per_step' in r]
   size = sum(x.size for x in jax.tree.leaves(model))
+  spread = f' ± {statistics.stdev(losses):.3f}' if len(losses) > 1 else ''
   return [f'`{kinds.replace(",", " ")}`', f'{size:,}',
-          f'{history[-1]["val_loss_full"]:.3f}',
+          f'{statistics.mean(losses):.3f}{spread}',
           f'{statistics.median(speed):.1f}', f'{decode_speed(model):,.0f}',
           *(f'{constant + length * per_token:,}' for length in LENGTHS)]
 
@@ -73,14 +99,15 @@ def main():
                       default=[*attention.names(), 'causal,causal,ssm'])
   parser.add_argument('--max_iters', type=int, default=0,
                       help='steps; 0: those of the default job')
+  parser.add_argument('--seeds', type=int, default=3)
   flags = parser.parse_args()
   cpu.keep_memory()
-  rows = [row(kinds, flags.max_iters) for kinds in flags.variants]
+  rows = [row(kinds, flags) for kinds in flags.variants]
   dataset = corpus.load('pydoc')
   entropy = bigram.entropy(dataset.train)
-  print(f'\njax {jax.__version__}, {jax.devices()[0].device_kind}; bigram '
-        f'entropy {entropy:.3f}, a table of pairs gives '
-        f'{bigram.loss(dataset):.3f}\n')
+  print(f'\njax {jax.__version__}, {jax.devices()[0].device_kind}; '
+        f'{flags.seeds} seed(s); bigram entropy {entropy:.3f}, a table of '
+        f'pairs gives {bigram.loss(dataset):.3f}\n')
   head = ['variant', 'parameters', 'validation loss', 'ms/step',
           'decoded tokens/s', *(f'state bytes, T = {n:,}' for n in LENGTHS)]
   for cells in (head, ['---'] + ['--:'] * (len(head) - 1), *rows):
