@@ -83,6 +83,9 @@ class Data:
       'a nanoGPT folder, or hf:NAME')
   tokenizer: str = option(
       'byte', 'byte, char, bpe:SIZE or a tokenizer.json')
+  bin_dtype: str | None = option(
+      None, 'ids in a train.bin; none: as its meta.pkl says, or uint16',
+      choices=('uint16', 'uint32'))
   packing: bool = option(
       False, 'documents never see each other within a row')
   val_fraction: float = option(

@@ -43,7 +43,13 @@ def header(run, first, choices):
         split)))
   if first:
     rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
+  rows += notes(dataset.notes)
   return metrics.table(rows)
+
+
+def notes(lines):
+  """Rows of what should be known before numbers are believed."""
+  return [('note', line) for line in lines]
 
 
 def _layers(config):
@@ -118,4 +124,4 @@ def _sample(run, state):
       max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
   return vocabulary.decode(ids) + ''.join(tokenizer.stream(
-      vocabulary, (i for chunk in drawn for i in chunk[0])))
+      vocabulary, (i for chunk in drawn for i in chunk[0]), after=ids))

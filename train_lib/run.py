@@ -111,7 +111,7 @@ def open_run(config, workdir=None):
   workdir = make_workdir(workdir or config.workdir, config)
   dataset = corpus.load(
       config.dataset, tokenizer=config.tokenizer, packing=config.packing,
-      val_fraction=config.val_fraction)
+      val_fraction=config.val_fraction, bin_dtype=config.bin_dtype)
   config.vocab_size = config.vocab_size or dataset.vocab_size
   if config.vocab_size < dataset.vocab_size:
     raise ValueError(
