@@ -83,9 +83,9 @@ class Transformer(nnx.Module):
       ([B,T,D], the state after these tokens).
 
     Raises:
-      ValueError: tokens, positions or state are out of bounds. Under jit, shapes
-        alone are checked: of what is traced, ids and positions out of bounds
-        become the nearest ones, and a state that is full loses its last tokens.
+      ValueError: tokens, positions or state are out of bounds. Under jit,
+        shapes alone are checked: of what is traced, ids and positions out of
+        bounds become the nearest ones, and a full state loses its last tokens.
     """
     self._check(tokens, positions, segment_ids, state)
     if positions is None:
@@ -117,8 +117,8 @@ class Transformer(nnx.Module):
   def _check(self, tokens, positions, segment_ids, state):
     """Raises ValueError for what can be known to be out of bounds."""
     T, ids = tokens.shape[1], concrete(tokens)
-    if ids is not None and ids.size and not (
-        0 <= ids.min() and ids.max() < self.vocab_size):
+    if ids is not None and ids.size and (
+        ids.min() < 0 or ids.max() >= self.vocab_size):
       raise ValueError(f'token ids from {ids.min()} to {ids.max()} are not all '
                        f'in the vocabulary of {self.vocab_size}')
     check_room(state, T)

@@ -54,7 +54,7 @@ def test_a_state_that_is_full(kinds):
       tokens(length), state=state, positions=jnp.broadcast_to(
           start + jnp.arange(length), (2, length)))[1]
   state = call(call(free.init_state(2, 5), 0, 3), 3, 2)
-  with pytest.raises(ValueError, match='of length 5 that holds 5 tokens has no'):
+  with pytest.raises(ValueError, match='length 5 that holds 5 tokens has no'):
     call(state, 5, 1)
   endless = free.init_state(2, 5, slides=True)
   for start in range(0, 12, 3):
