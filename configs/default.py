@@ -88,6 +88,8 @@ class Data:
       choices=('uint16', 'uint32'))
   packing: bool = option(
       False, 'documents never see each other within a row')
+  allow_changed_data: bool = option(
+      False, 'resume although the content of the dataset is another one')
   val_fraction: float = option(
       0.1, 'last part of the data, for validation', at_least=0, below=1)
 

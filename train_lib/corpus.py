@@ -267,6 +267,11 @@ def _load_bins(name, *, tokenizer, packing, dtype):
     raise ValueError(f'--dataset={name}: {path} says dtype {dtype!r}, which '
                      f'must be {" or ".join(bins.DTYPES)}')
   splits, tops, sha256 = bins.read(name, dtype=dtype)
+  if isinstance(tokenizer, tokenizer_lib.Byte | tokenizer_lib.Char) and (
+      'stoi' not in meta or tokenizer_lib.from_meta(path) != tokenizer):
+    raise ValueError(
+        f'--dataset={name} holds ids, and no meta.pkl that says they are those '
+        'of the tokenizer of the run: give text')
   if tokenizer in ('byte', 'char') and meta:
     tokenizer = tokenizer_lib.from_meta(path)
   elif tokenizer == 'byte':
