@@ -5,18 +5,19 @@ import numpy as np
 
 import attention
 from model import sample
-from train_lib import bigram, metrics, sharding, tokenizer
+from train_lib import bigram, changes, metrics, sharding, tokenizer
 
 SAMPLE_TOKENS = 500
 
 
-def header(run, first, choices):
+def header(run, first, choices, meta=None):
   """What is about to run, as text.
 
   Args:
     run: the Run.
     first: the step that it starts from.
     choices: what dispatch recorded while the step was traced.
+    meta: what the checkpoint that it starts from says of its run.
   """
   config, dataset = run.config, run.dataset
   devices = jax.devices()
@@ -44,7 +45,8 @@ def header(run, first, choices):
   if first:
     rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
   rows += notes(dataset.notes)
-  return metrics.table(rows)
+  changed = changes.lines(meta['config'], config, first) if meta else []
+  return '\n'.join([metrics.table(rows), *changed])
 
 
 def notes(lines):
