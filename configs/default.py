@@ -139,6 +139,8 @@ class Evaluation:
   eval_iters: int = option(
       20, 'validation batches of an evaluation, the same ones every time',
       at_least=1)
+  eval_batch_size: int | None = option(
+      None, 'rows of a validation batch; none: batch_size', at_least=1)
   eval_final: bool = option(
       True, 'evaluate the whole validation split at the end')
   checkpoint_interval: int | None = option(
