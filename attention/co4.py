@@ -90,16 +90,14 @@ class Attention(nnx.Module):
 
   def _attend(self, q, k, v, ctx, cache):
     """The latent queries of a head attend as a group of query heads."""
-    (k, v), segment_ids, q_offset, cache = softmax.recall(
-        (k, v), ctx, cache, window=0)
+    (k, v), visible_to, cache = softmax.recall((k, v), ctx, cache, window=0)
     B, T, N, Q, H = q.shape
     sink = self._sink()
     if sink is not None:
       sink = jnp.repeat(sink, Q)
     y = ops.flash_attention(
-        q.reshape(B, T, N * Q, H), k, v, ctx, segment_ids=segment_ids,
-        q_offset=q_offset, sink=sink, scale=H ** -0.5,
-        softcap=self.settings.softcap,
+        q.reshape(B, T, N * Q, H), k, v, ctx, **visible_to, sink=sink,
+        scale=H ** -0.5, softcap=self.settings.softcap,
         implementation=self.settings.implementation)
     return y.reshape(B, T, N, Q, H).mean(3), cache
 

@@ -81,7 +81,7 @@ class Attention(nnx.Module):
     q_rotary, k_rotary = turn(q_rotary), turn(k_rotary[:, :, None])[:, :, 0]
     c = self.norm(c)
     absorbed = state is not None
-    (seen,), segment_ids, q_offset, state = recall(
+    (seen,), visible_to, state = recall(
         (jnp.concatenate([c, k_rotary], -1),), ctx, state, window=self.window)
     if absorbed:
       q = jnp.einsum('BTNH,RNH->BTNR', q, self.key.weight[...].astype(q.dtype))
@@ -92,10 +92,9 @@ class Attention(nnx.Module):
       shared = jnp.broadcast_to(k_rotary[:, :, None], q_rotary.shape)
       k = jnp.concatenate([k, shared], -1)
     y = flash_attention(
-        jnp.concatenate([q, q_rotary], -1), k, v, ctx,
-        segment_ids=segment_ids, q_offset=q_offset,
+        jnp.concatenate([q, q_rotary], -1), k, v, ctx, **visible_to,
         sink=None if self.log_sink is None else self.log_sink[...],
-        scale=self.scale, softcap=self.softcap, window=self.window,
+        scale=self.scale, softcap=self.softcap,
         implementation=self.implementation)
     if absorbed:
       y = jnp.einsum(

@@ -87,8 +87,13 @@ class Data:
       'a nanoGPT folder, or hf:NAME')
   tokenizer: str = option(
       'byte', 'byte, char, bpe:SIZE or a tokenizer.json')
+  bin_dtype: str | None = option(
+      None, 'ids in a train.bin; none: as its meta.pkl says, or uint16',
+      choices=('uint16', 'uint32'))
   packing: bool = option(
       False, 'documents never see each other within a row')
+  allow_changed_data: bool = option(
+      False, 'resume although the content of the dataset is another one')
   val_fraction: float = option(
       0.1, 'last part of the data, for validation', at_least=0, below=1)
 
@@ -138,6 +143,8 @@ class Evaluation:
   eval_iters: int = option(
       20, 'validation batches of an evaluation, the same ones every time',
       at_least=1)
+  eval_batch_size: int | None = option(
+      None, 'rows of a validation batch; none: batch_size', at_least=1)
   eval_final: bool = option(
       True, 'evaluate the whole validation split at the end')
   checkpoint_interval: int | None = option(

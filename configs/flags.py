@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import json
+import os
 import pathlib
 
 from attention.common import options
@@ -93,6 +94,26 @@ def load(path):
   return module.get_config()
 
 
+def of_run(workdir):
+  """The config of a run: of its config.json or, that gone, of a checkpoint.
+
+  None where there is no run.
+  """
+  folder = pathlib.Path(os.path.expanduser(workdir))
+  if (folder / 'config.json').is_file():
+    return load(folder / 'config.json')
+  # Orbax keeps what a checkpoint says of its run as JSON.
+  found = [path for path in folder.glob('checkpoints/*/meta/metadata')
+           if path.parts[-3].isdigit()]
+  for path in sorted(found, key=lambda path: int(path.parts[-3]))[::-1]:
+    try:
+      values = dict(json.loads(path.read_text())['config'])
+    except (OSError, ValueError, TypeError, KeyError):
+      continue  # An older one may be whole.
+    return update(default.get_config(), values, source=str(path))
+  return None
+
+
 def update(config, values, *, source):
   """Sets flags from a dict; an unknown one is an error that names `source`."""
   for name, value in values.items():
@@ -129,13 +150,12 @@ def parse(argv, *, others=(), config=None):
     name = token.lstrip('-').partition('=')[0]
     if name not in others and name.removeprefix('no') not in others:
       raise FlagError(f'unknown flag --{name}' + options.nearest(name, fields))
-  run = pathlib.Path(texts.get('workdir') or '', 'config.json')
-  if texts.get('mode', 'train') != 'train' and not path and run.is_file():
-    path = run  # What reads a run takes the run's config.
   if path:
     config = load(path)
-  elif config is None:
-    config = default.get_config()
+  elif texts.get('mode', 'train') != 'train' and texts.get('workdir'):
+    # What reads a run takes the run's config.
+    config = of_run(texts['workdir']) or config
+  config = config or default.get_config()
   values = {}
   for name, text in texts.items():
     try:

@@ -21,5 +21,5 @@ def get_config():
       max_iters=600000, lr_decay_iters=600000, warmup_iters=2000,
       learning_rate=6e-4, min_lr=6e-5, beta1=0.9, beta2=0.95,
       weight_decay=0.1, grad_clip=1.0,
-      eval_interval=1000, eval_iters=50, log_interval=10)
+      eval_interval=1000, eval_iters=50, eval_batch_size=96, log_interval=10)
   return config

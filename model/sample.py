@@ -42,8 +42,8 @@ def choose(logits, key, *, temperature=1.0, top_k=None, top_p=None):
   return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=('length', 'rule'))
-def _prefill(model, tokens, lengths, key, *, length, rule):
+@functools.partial(jax.jit, static_argnames=('length', 'slides', 'rule'))
+def _prefill(model, tokens, lengths, key, *, length, slides, rule):
   """Reads left-padded prompts [B,T] and draws the token after each."""
   B, T = tokens.shape
   positions = jnp.arange(T) - (T - lengths[:, None])
@@ -51,7 +51,7 @@ def _prefill(model, tokens, lengths, key, *, length, rule):
   hidden, state = model.hidden(
       tokens, positions=jnp.maximum(positions, 0),
       segment_ids=(positions >= 0).astype(jnp.int32),
-      state=model.init_state(B, length))
+      state=model.init_state(B, length, slides=slides))
   drawn = choose(model.logits(hidden[:, -1]), key, **dict(rule))
   return drawn, state
 
@@ -77,9 +77,10 @@ def generate(model, prompts, *, max_new_tokens, key, temperature=1.0,
              top_k=None, top_p=None):
   """Yields int arrays [B,n] of new tokens, a few at a time.
 
-  A prompt longer than the model's block_size keeps its last block_size
-  tokens. When the context is full, its later half is read anew and the
-  decoding goes on from there.
+  Every row is as it would be alone. A model without learned positions goes on
+  for ever from its state, of which softmax mixers see the last block_size
+  tokens. With learned positions, of a context that is full the later half is
+  read anew, as are the last block_size tokens of a longer prompt.
 
   Args:
     model: a Transformer.
@@ -91,33 +92,42 @@ def generate(model, prompts, *, max_new_tokens, key, temperature=1.0,
   default.check_flags(temperature=temperature, top_k=top_k, top_p=top_p,
                       max_new_tokens=max_new_tokens)
   rule = (('temperature', temperature), ('top_k', top_k), ('top_p', top_p))
-  size = model.block_size
-  contexts = [list(map(int, p))[-size:] for p in prompts]
+  contexts = [list(map(int, p)) for p in prompts]
   if not all(contexts):
     raise ValueError('a prompt has no tokens: give at least one')
   for token in (t for c in contexts for t in c):
     if not 0 <= token < model.vocab_size:
       raise ValueError(f'a prompt has the token id {token}, beyond the '
                        f'vocabulary of {model.vocab_size}')
-  left = max_new_tokens
+  size, left = model.block_size, max_new_tokens
+  if model.longest:
+    contexts = [c[-size:] for c in contexts]
   while left:
     lengths = np.array([len(c) for c in contexts], np.int32)
+    longest, steps = int(lengths.max()), left - 1
     # Powers of two, so that few prompt lengths mean few compilations.
-    padded = min(1 << int(lengths.max() - 1).bit_length(), size)
+    padded = 1 << (longest - 1).bit_length()
+    if model.longest:
+      padded, steps = min(padded, size), min(steps, size - longest)
     tokens = np.stack([np.pad(c, (padded - len(c), 0)) for c in contexts])
-    steps = min(left - 1, size - int(lengths.max()))
-    key, first, *keys = jax.random.split(key, 2 + -(-steps // CHUNK))
+    chunks = -(-steps // CHUNK)
+    length, slides = padded + chunks * CHUNK, False
+    if not model.longest and length > size:
+      length, slides = size - 1, True
+    key, now = jax.random.split(key)
     token, state = _prefill(
-        model, tokens.astype(np.int32), lengths, first,
-        length=padded + -(-steps // CHUNK) * CHUNK, rule=rule)
+        model, tokens.astype(np.int32), lengths, now, length=length,
+        slides=slides, rule=rule)
     new, position = [np.asarray(token)[:, None]], jnp.asarray(lengths)
     yield new[0]
-    for i, chunk_key in enumerate(keys):
+    for i in range(chunks):
       state, token, position, drawn = _decode(
-          model, state, token, position, chunk_key, steps=CHUNK, rule=rule)
+          model, state, token, position, jax.random.fold_in(now, i),
+          steps=CHUNK, rule=rule)
       new.append(np.asarray(drawn).T[:, :steps - i * CHUNK])
       yield new[-1]
     added = np.concatenate(new, 1)
     left -= added.shape[1]
-    contexts = [(c + list(a))[-max(size // 2, 1):]
-                for c, a in zip(contexts, added)]
+    contexts = [c + list(a) for c, a in zip(contexts, added)]
+    contexts = [c if len(c) <= size else c[-max(size // 2, 1):]
+                for c in contexts]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import attention
@@ -10,6 +11,7 @@ from model.block import Block
 from model.embed import Embed
 from model.layers import norm, segment_positions
 from model.sharding import Context
+from model.state import check_room, concrete, sliding
 
 REMAT = {
     'none': None,
@@ -25,8 +27,13 @@ def check(config):
                      'which the trainer takes from the dataset')
 
 
+
 class Transformer(nnx.Module):
   """Embedding, pre-norm blocks, final norm, head.
+
+  Attributes:
+    block_size: the longest context: of learned positions, how many there are.
+    longest: that, or None without learned positions: any context will do.
 
   The layers are the repetitions of one period, the shortest that there is. They
   are stacked and scanned, so that compile time does not grow with depth; what
@@ -43,6 +50,8 @@ class Transformer(nnx.Module):
     self.rate = config.dropout
     self.vocab_size, self.width = config.vocab_size, config.n_embd
     self.block_size = config.block_size
+    self.longest = (
+        config.block_size if config.use_abs_pos_embeddings else None)
     self.embed = Embed(config, config.vocab_size, rngs=rngs)
     build = lambda key: nnx.List(
         [Block(config, layer, rngs=nnx.Rngs(key)) for key, layer in zip(
@@ -59,19 +68,26 @@ class Transformer(nnx.Module):
     """The final normed activations [B,T,D], from which `logits` follow.
 
     Args:
-      tokens: int32 [B,T].
+      tokens: int32 [B,T], from 0 to vocab_size - 1.
       segment_ids: int32 [B,T]; tokens of different segments never see each
         other. None: one segment.
       positions: int32 [B,T], 0 where a segment starts and nowhere else. By
         default they count from every segment's start; a call that continues
         from a state must give them.
       state: what `init_state` or the previous call returned; None: no state.
+        With these tokens it must not have had more than its length.
       dropout_key: random key while training; None: no dropout.
       mesh: the device mesh; None: a single device.
 
     Returns:
       ([B,T,D], the state after these tokens).
+
+    Raises:
+      ValueError: tokens, positions or state are out of bounds. Under jit,
+        shapes alone are checked: of what is traced, ids and positions out of
+        bounds become the nearest ones, and a full state loses its last tokens.
     """
+    self._check(tokens, positions, segment_ids, state)
     if positions is None:
       if state is not None:
         raise ValueError('a call with a state needs positions=')
@@ -98,6 +114,25 @@ class Transformer(nnx.Module):
     state = None if state is None else (period_states, tail_states)
     return self.norm(x), state
 
+  def _check(self, tokens, positions, segment_ids, state):
+    """Raises ValueError for what can be known to be out of bounds."""
+    T, ids = tokens.shape[1], concrete(tokens)
+    if ids is not None and ids.size and (
+        ids.min() < 0 or ids.max() >= self.vocab_size):
+      raise ValueError(f'token ids from {ids.min()} to {ids.max()} are not all '
+                       f'in the vocabulary of {self.vocab_size}')
+    check_room(state, T)
+    if self.longest is None:
+      return
+    places = concrete(positions)
+    if positions is None and segment_ids is None:
+      places = np.arange(T)
+    if places is not None and places.size and places.max() >= self.longest:
+      raise ValueError(
+          f'position {places.max()} is beyond the {self.longest} learned ones '
+          '(block_size): give fewer tokens, or build the model with '
+          'use_abs_pos_embeddings=False')
+
   def logits(self, x):
     """[..., D] -> float32 [..., vocab_size]."""
     return self.embed.logits(x)
@@ -107,13 +142,18 @@ class Transformer(nnx.Module):
     x, state = self.hidden(tokens, **kwargs)
     return self.logits(x), state
 
-  def init_state(self, batch, length):
-    """The state before the first of at most `length` tokens."""
+  def init_state(self, batch, length, *, slides=False):
+    """The state before the first of at most `length` tokens.
+
+    If it slides there may be any number of them: a softmax mixer sees the last
+    `length` before each, as with a window, and all others see all.
+    """
     states = lambda blocks: [b.mixer.init_state(batch, length) for b in blocks]
     stacked = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)),
         states(self.periods))
-    return stacked, states(self.tail)
+    state = stacked, states(self.tail)
+    return sliding(state) if slides else state
 
   def flops(self, length):
     """Of the forward pass, per token of a sequence of `length` tokens."""

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import pydoc_data.topics
 import tempfile
 import urllib.request
 import zipfile
@@ -16,6 +15,7 @@ import zipfile
 import numpy as np
 
 import train_lib.tokenizer as tokenizer_lib
+from train_lib import bins, manual
 
 NAMES = ('pydoc', 'shakespeare_char', 'hf:OWNER/NAME')
 SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
@@ -30,7 +30,9 @@ class Dataset:
 
   `train_starts` and `val_starts` are the documents' offsets with packing, else
   None. `val_bytes` is the UTF-8 length of the validation text, None if
-  unknown. `sha256` is that of the raw text or of train.bin and val.bin.
+  unknown, and `lost` how many of its characters the tokenizer does not give
+  back. `sha256` is that of the raw text or of train.bin and val.bin. `notes`
+  are lines that who uses the data should read.
   """
 
   name: str
@@ -41,6 +43,8 @@ class Dataset:
   val_starts: np.ndarray | None
   val_bytes: int | None
   sha256: str
+  lost: int = 0
+  notes: tuple = ()
 
   @property
   def vocab_size(self):
@@ -48,7 +52,7 @@ class Dataset:
 
 
 def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
-         cache_dir=None):
+         bin_dtype=None, cache_dir=None):
   """Loads a data set and splits it by position in the text.
 
   Validation is the last `val_fraction` of the characters, with packing from
@@ -56,12 +60,14 @@ def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
   nanoGPT folders, and Hugging Face data sets that have one, keep their own.
 
   Args:
-    name: 'pydoc', the help topics of this Python; 'shakespeare_char';
+    name: 'pydoc', the manual of Python; 'shakespeare_char';
       'hf:OWNER/NAME[/CONFIG]', column 'text'; a text file; a folder of text
-      files, each a document; or a nanoGPT folder of uint16 train.bin and
-      val.bin, whose tokenizer is its meta.pkl or bare ids.
-    tokenizer: what `--tokenizer` takes, or a tokenizer.
+      files, each a document; or a nanoGPT folder of train.bin and val.bin,
+      whose tokenizer is its meta.pkl or bare ids.
+    tokenizer: what `--tokenizer` takes, or a tokenizer, without whose tokens
+      characters are left out and counted.
     packing: documents do not see each other: batches have segment ids.
+    bin_dtype: of train.bin and val.bin; none: as meta.pkl says, or uint16.
     cache_dir: for downloads and BPE encodings, attention-lab under
       $XDG_CACHE_HOME or ~/.cache unless given.
 
@@ -70,11 +76,14 @@ def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
   """
   if not 0 <= val_fraction < 1:
     raise ValueError(f'--val_fraction={val_fraction} must be 0 to 0.99')
-  home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-  cache = pathlib.Path(cache_dir or home.expanduser() / 'attention-lab')
+  cache = pathlib.Path(cache_dir or _home() / 'attention-lab')
   if name not in NAMES and (pathlib.Path(name) / 'train.bin').is_file():
-    return _load_bins(name, tokenizer=tokenizer, packing=packing)
-  documents, val = _read(name, cache)
+    return _load_bins(
+        name, tokenizer=tokenizer, packing=packing, dtype=bin_dtype)
+  if bin_dtype:
+    raise ValueError(f'--bin_dtype={bin_dtype} has no effect: --dataset={name} '
+                     'is no folder with a train.bin')
+  documents, val, notes = _read(name, cache)
   sha256 = hashlib.sha256()
   for document in [*documents, *(val or ())]:
     sha256.update(document.encode())
@@ -88,22 +97,38 @@ def load(name, *, tokenizer='byte', packing=False, val_fraction=0.1,
   for key, texts in ('train', documents), ('val', val):
     splits[key], starts = _encode(texts, tokenizer, cache=cache)
     splits[f'{key}_starts'] = starts if packing else None
+  lost = sum(map(tokenizer.lost, val))
+  if lost:
+    notes = [*notes, f'the tokenizer loses {lost:,} of the '
+             f'{sum(map(len, val)):,} characters of the validation text: they '
+             'cost no bits']
   return Dataset(
       name=name, tokenizer=tokenizer, **splits, sha256=sha256.hexdigest(),
-      val_bytes=sum(len(document.encode()) for document in val))
+      val_bytes=sum(len(document.encode()) for document in val), lost=lost,
+      notes=tuple(notes))
+
+
+def _home():
+  """The folder of caches; where there is no home, that of temporary files."""
+  try:
+    return pathlib.Path(
+        os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+  except RuntimeError:
+    return pathlib.Path(tempfile.gettempdir())
 
 
 def _read(name, cache):
-  """Returns the documents, and those of a validation split or None."""
+  """(documents, those of a validation split or None, notes)."""
   if name == 'pydoc':
-    topics = pydoc_data.topics.topics
-    return _lines(topics[key] for key in sorted(topics)), None
+    documents, notes = manual.read()
+    return documents, None, notes
   if name == 'shakespeare_char':
-    return [_shakespeare(cache / 'tinyshakespeare.txt').decode()], None
+    return [_shakespeare(cache / 'tinyshakespeare.txt').decode()], None, []
   if name.startswith('hf:'):
-    return _hugging_face(name)
+    return *_hugging_face(name), []
   if pathlib.Path(name).is_dir():
-    return _read_folder(name), None
+    documents, notes = _read_folder(name)
+    return documents, None, notes
   if not pathlib.Path(name).is_file():
     near = difflib.get_close_matches(name, NAMES, n=1)
     raise ValueError(
@@ -113,7 +138,7 @@ def _read(name, cache):
   if not text:
     problem = 'empty' if text == '' else 'no UTF-8 text'
     raise ValueError(f'--dataset={name} is {problem}: give a text file')
-  return [text], None
+  return [text], None, []
 
 
 def _text(path):
@@ -131,6 +156,7 @@ def _lines(documents):
 
 
 def _read_folder(name):
+  """(documents, notes) of the files that are text."""
   folder = pathlib.Path(name)
   files = [path.relative_to(folder).as_posix() for path in folder.rglob('*')
            if path.is_file()]
@@ -140,10 +166,12 @@ def _read_folder(name):
   if len(skipped) == len(files):
     raise ValueError(f'--dataset={name} has no text among its {len(files)} '
                      'files: give a folder of UTF-8 text files')
+  notes = []
   if skipped:
-    logging.warning('--dataset=%s: %d of %d files are left out, empty or no '
-                    'text: %s', name, len(skipped), len(files), skipped[:3])
-  return _lines(filter(None, texts.values()))
+    some = ', '.join(skipped[:3]) + ', ...' * (len(skipped) > 3)
+    notes.append(f'{len(skipped)} of {len(files)} files are left out, empty or '
+                 f'no text: {some}')
+  return _lines(filter(None, texts.values())), notes
 
 
 def _shakespeare(path):
@@ -208,7 +236,8 @@ def _encode(documents, tokenizer, *, cache):
         return saved['tokens'], saved['starts']
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
       logging.info('encoding %d documents', len(documents))
-  parts = [tokenizer.encode(document) for document in documents]
+  parts = [tokenizer.encode(tokenizer.kept(document))
+           for document in documents]
   starts = np.cumsum([0, *map(len, parts)])[:-1]
   tokens = np.concatenate([np.empty(0, tokenizer.dtype), *parts])
   if path:
@@ -226,27 +255,25 @@ def _write(path, write):
     os.replace(file.name, path)
 
 
-def _load_bins(name, *, tokenizer, packing):
-  """A nanoGPT folder; its ids are checked in one pass over the files."""
+def _load_bins(name, *, tokenizer, packing, dtype):
+  """A nanoGPT folder."""
   if packing:
     raise ValueError(f'--packing needs documents, which train.bin in --dataset='
                      f'{name} does not mark: give text files, or --nopacking')
-  splits, tops, sha256 = {}, {}, hashlib.sha256()
-  for key in ('train', 'val'):
-    path = pathlib.Path(name) / f'{key}.bin'
-    size = path.stat().st_size if path.is_file() else 0
-    if not size or size % 2:
-      raise ValueError(f'--dataset={name}: {path} has {size} bytes, where '
-                       'uint16 token ids belong: write it again')
-    splits[key] = tokens = np.memmap(path, '<u2', 'r')
-    tops[path] = 0
-    for start in range(0, len(tokens), 1 << 24):
-      chunk = tokens[start:start + (1 << 24)]
-      sha256.update(chunk)
-      tops[path] = max(tops[path], int(chunk.max()))
-  meta = pathlib.Path(name) / 'meta.pkl'
-  if tokenizer in ('byte', 'char') and meta.is_file():
-    tokenizer = tokenizer_lib.from_meta(meta)
+  path = pathlib.Path(name) / 'meta.pkl'
+  meta = tokenizer_lib.read_meta(path) if path.is_file() else {}
+  dtype = dtype or meta.get('dtype', 'uint16')
+  if dtype not in bins.DTYPES:
+    raise ValueError(f'--dataset={name}: {path} says dtype {dtype!r}, which '
+                     f'must be {" or ".join(bins.DTYPES)}')
+  splits, tops, sha256 = bins.read(name, dtype=dtype)
+  if isinstance(tokenizer, tokenizer_lib.Byte | tokenizer_lib.Char) and (
+      'stoi' not in meta or tokenizer_lib.from_meta(path) != tokenizer):
+    raise ValueError(
+        f'--dataset={name} holds ids, and no meta.pkl that says they are those '
+        'of the tokenizer of the run: give text')
+  if tokenizer in ('byte', 'char') and meta:
+    tokenizer = tokenizer_lib.from_meta(path)
   elif tokenizer == 'byte':
     tokenizer = tokenizer_lib.Ids(1 + max(tops.values()))
   elif tokenizer == 'char' or str(tokenizer).startswith('bpe:'):
@@ -256,10 +283,11 @@ def _load_bins(name, *, tokenizer, packing):
   elif isinstance(tokenizer, str):
     tokenizer = tokenizer_lib.make(tokenizer, [])
   vocab_size = tokenizer.vocab_size
-  if vocab_size > 2 ** 16:
+  if vocab_size > 1 + np.iinfo(dtype).max:
     raise ValueError(
-        f'--dataset={name}: a vocabulary of {vocab_size} cannot be in uint16 '
-        'files: give the meta.pkl or --tokenizer that made them')
+        f'--dataset={name}: a vocabulary of {vocab_size} cannot be in {dtype} '
+        'files: give the meta.pkl or --tokenizer that made them, or '
+        '--bin_dtype')
   for path, top in tops.items():
     if top >= vocab_size:
       raise ValueError(
@@ -271,4 +299,4 @@ def _load_bins(name, *, tokenizer, packing):
     val_bytes = int(np.bincount(splits['val'], minlength=vocab_size) @ lengths)
   return Dataset(
       name=name, tokenizer=tokenizer, **splits, train_starts=None,
-      val_starts=None, val_bytes=val_bytes, sha256=sha256.hexdigest())
+      val_starts=None, val_bytes=val_bytes, sha256=sha256)

@@ -1,5 +1,7 @@
 """A sampler without state: (seed, step, row) -> tokens of a corpus.Dataset."""
 
+import os
+
 import numpy as np
 
 
@@ -56,6 +58,7 @@ def full_batch(dataset, *, index, rows, batch_size, block_size):
   What is over at the end is token -1, which a loss must ignore, of segment 0.
   """
   last = _places(dataset.val, 1, split='validation')
+  _check_whole(dataset.val)
   first = np.arange(index * batch_size, (index + 1) * batch_size) * block_size
   first = first[rows]
   places = first[:, None] + np.arange(block_size + 1)
@@ -78,7 +81,19 @@ def _places(tokens, block_size, *, split):
   return n
 
 
+def _check_whole(tokens):
+  """Raises ValueError if a mapped file was cut: reading on would kill."""
+  if not isinstance(tokens, np.memmap):
+    return
+  size = os.stat(tokens.filename).st_size
+  if size < tokens.nbytes:
+    raise ValueError(
+        f'{tokens.filename} had {tokens.nbytes} bytes and has {size}: it was '
+        'cut while it was read; restore it, and start again')
+
+
 def _windows(tokens, starts, *, offsets, block_size):
+  _check_whole(tokens)
   # One strided view of all windows is five times as fast as an index a token.
   windows = np.ndarray(
       (len(tokens) - block_size, block_size + 1), tokens.dtype, tokens,

@@ -22,8 +22,7 @@ class Evaluator:
   def __init__(self, run):
     self.config, self.mesh, self.model = run.config, run.mesh, run.model
     self.dataset = run.dataset
-    self.batch_size = (self.config.batch_size
-                       // self.config.gradient_accumulation_steps)
+    self.batch_size = self.config.eval_batch_size or self.config.batch_size
     self.sums = jax.jit(self._sums, compiler_options=cpu.compiler_options(
         self.mesh.devices.flat[0]))
 
@@ -36,7 +35,8 @@ class Evaluator:
 
     Returns:
       {'val_loss_full': nats a token, 'bits_per_byte': where the number of
-      bytes is known, 'val_tokens': how many}.
+      bytes is known, 'val_tokens': how many, 'lost_characters': where the
+      tokenizer loses some, which then cost no bits}.
     """
     dataset = self.dataset
     count = data.full_batches(dataset, batch_size=self.batch_size,
@@ -47,6 +47,8 @@ class Evaluator:
       # As if the first token, never a target, had the mean loss.
       result['bits_per_byte'] = (
           mean * len(dataset.val) / dataset.val_bytes / math.log(2))
+    if dataset.lost:
+      result['lost_characters'] = dataset.lost
     return result
 
   def _sums(self, params, batch):

@@ -11,6 +11,7 @@ from train_lib import (
     evaluate,
     kernel_check,
     metrics,
+    report,
     tokenizer,
 )
 from train_lib import run as run_lib
@@ -43,8 +44,10 @@ def evaluate_run(config, workdir=None):
     step, items, _ = store.restore(
         {'params': run.template.params}, best=True)
     result = evaluate.Evaluator(run).full(items['params'])
-  print(metrics.table([('step', f'{step:,}')] + [
-      (name, metrics.short(value)) for name, value in result.items()]))
+  print(metrics.table(
+      [('step', f'{step:,}')]
+      + [(name, metrics.short(value)) for name, value in result.items()]
+      + report.notes(run.dataset.notes)))
   return result
 
 
@@ -103,8 +106,8 @@ def sample_run(config, workdir=None):
   if config.num_samples == 1:
     pieces = [config.prompt]
     print(config.prompt, end='', flush=True)
-    for piece in tokenizer.stream(vocabulary, (
-        token for chunk in chunks for token in chunk[0])):
+    drawn = (token for chunk in chunks for token in chunk[0])
+    for piece in tokenizer.stream(vocabulary, drawn, after=ids):
       print(piece, end='', flush=True)
       pieces.append(piece)
     print()

@@ -5,18 +5,19 @@ import numpy as np
 
 import attention
 from model import sample
-from train_lib import bigram, metrics, sharding, tokenizer
+from train_lib import bigram, changes, metrics, sharding, tokenizer
 
 SAMPLE_TOKENS = 500
 
 
-def header(run, first, choices):
+def header(run, first, choices, meta=None):
   """What is about to run, as text.
 
   Args:
     run: the Run.
     first: the step that it starts from.
     choices: what dispatch recorded while the step was traced.
+    meta: what the checkpoint that it starts from says of its run.
   """
   config, dataset = run.config, run.dataset
   devices = jax.devices()
@@ -43,7 +44,14 @@ def header(run, first, choices):
         split)))
   if first:
     rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
-  return metrics.table(rows)
+  rows += notes(dataset.notes)
+  changed = changes.lines(meta['config'], config, first) if meta else []
+  return '\n'.join([metrics.table(rows), *changed])
+
+
+def notes(lines):
+  """Rows of what should be known before numbers are believed."""
+  return [('note', line) for line in lines]
 
 
 def _layers(config):
@@ -118,4 +126,4 @@ def _sample(run, state):
       max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
   return vocabulary.decode(ids) + ''.join(tokenizer.stream(
-      vocabulary, (i for chunk in drawn for i in chunk[0])))
+      vocabulary, (i for chunk in drawn for i in chunk[0]), after=ids))

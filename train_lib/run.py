@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import attention
 from attention.kernels import dispatch
 from configs import default
-from train_lib import checkpoints, corpus, data, optim, sharding
+from train_lib import changes, checkpoints, corpus, data, optim, sharding
 from train_lib.state import AbstractModel, TrainState
 
 # Where a run is and what is done with it: not part of what it computes.
@@ -93,12 +93,13 @@ def check(config):
       raise ValueError(f'profile_steps {steps} must be two steps: FIRST LAST')
 
 
-def open_run(config, workdir=None):
+def open_run(config, workdir=None, *, tokenizer=None):
   """Loads the data, builds the mesh and the model's structure.
 
   Args:
     config: a config of configs.default.get_config, left unchanged.
     workdir: folder of the run; none: a new one under runs/.
+    tokenizer: of the run, where it has one; none: that of the flags.
 
   Raises:
     ValueError: one line on what does not fit.
@@ -110,8 +111,9 @@ def open_run(config, workdir=None):
   mesh = sharding.make_mesh(config)
   workdir = make_workdir(workdir or config.workdir, config)
   dataset = corpus.load(
-      config.dataset, tokenizer=config.tokenizer, packing=config.packing,
-      val_fraction=config.val_fraction)
+      config.dataset, tokenizer=tokenizer or config.tokenizer,
+      packing=config.packing,
+      val_fraction=config.val_fraction, bin_dtype=config.bin_dtype)
   config.vocab_size = config.vocab_size or dataset.vocab_size
   if config.vocab_size < dataset.vocab_size:
     raise ValueError(
@@ -150,29 +152,32 @@ def make_workdir(workdir, config):
 
 
 def restore(run, store):
-  """(state, step) to go on from: of the newest good checkpoint, or fresh.
+  """(state, step, meta) to go on from: the newest good checkpoint, or fresh.
 
   Raises:
-    ValueError: the checkpoint is of another model.
+    ValueError: the checkpoint is of another model or other data.
   """
   if store.steps():
     newest = store.meta(store.steps()[-1])
     compatible(newest['config'], run.config, run.workdir)
   found = store.restore(checkpoints.flatten(run.template))
   if found is None:
-    return run.init_state(), 0
+    return run.init_state(), 0, None
   step, items, meta = found
   if meta['tokenizer'] != run.dataset.tokenizer.to_json():
     raise ValueError(
         f'the tokenizer that {run.config.tokenizer} gives on '
         f'{run.config.dataset} is not the one that {run.workdir} was trained '
         'with: use another --workdir')
-  return checkpoints.unflatten(run.template, items), step
+  changes.check_data(meta, run)
+  return checkpoints.unflatten(run.template, items), step, meta
 
 
 def compatible(saved, config, workdir):
   """Raises ValueError if a flag that makes the model is not as it was saved."""
   fields, of_model = default.fields(), default.model_flags()
+  if not config.use_abs_pos_embeddings:
+    of_model -= {'block_size'}  # Without learned positions any will do.
   runtime = fields.keys() - of_model
   # A run that is older than a flag had its default.
   before = {f: saved.get(f, field.default) for f, field in fields.items()}

@@ -32,6 +32,10 @@ def make_mesh(config):
         f'batch_size ({config.batch_size}) must be a multiple of '
         f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) '
         f'x mesh_data x mesh_fsdp ({shards})')
+  evaluated = config.eval_batch_size or config.batch_size
+  if evaluated % shards:
+    raise ValueError(f'eval_batch_size ({evaluated}) must be a multiple of '
+                     f'mesh_data x mesh_fsdp ({shards})')
   return mesh
 
 

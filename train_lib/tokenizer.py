@@ -1,5 +1,6 @@
 """Tokenizers: text to integer ids and back, small enough for a checkpoint."""
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -33,6 +34,15 @@ class Tokenizer:
     return ''.join(self._decode([*run]) if inside else UNKNOWN * len([*run])
                    for inside, run in runs)
 
+  def kept(self, text):
+    """The text without what the tokenizer has no token for."""
+    return text
+
+  def lost(self, text):
+    """How many characters of a text do not come back from its tokens."""
+    back = self.decode(self.encode(self.kept(text)))
+    return (collections.Counter(text) - collections.Counter(back)).total()
+
   def to_json(self):
     """A dict of strings and numbers from which from_json makes an equal one."""
     return {'kind': type(self).__name__.lower(), **dataclasses.asdict(self)}
@@ -47,6 +57,9 @@ class Byte(Tokenizer):
   def encode(self, text):
     # surrogateescape: a command line that is no UTF-8 keeps its bytes.
     return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)
+
+  def lost(self, text):
+    return 0
 
   def _decode(self, ids):
     return bytes(ids).decode('utf-8', 'replace')
@@ -75,6 +88,14 @@ class Char(Tokenizer):
           'with --tokenizer=byte')
     return ids[place]
 
+  def kept(self, text):
+    points = _code_points(text)
+    known = points[np.isin(points, _code_points(self.chars))]
+    return known.tobytes().decode('utf-32-le', 'surrogatepass')
+
+  def lost(self, text):
+    return len(text) - len(self.kept(text))
+
   def _decode(self, ids):
     return ''.join(self.chars[token] for token in ids)
 
@@ -87,7 +108,11 @@ class Bpe(Tokenizer):
 
   @functools.cached_property
   def _inner(self):
-    return _library().Tokenizer.from_str(self.text)
+    inner = _library().Tokenizer.from_str(self.text)
+    # Those of the rows of a model: a corpus is neither cut nor filled up.
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
 
   @functools.cached_property
   def vocab_size(self):
@@ -101,6 +126,10 @@ class Bpe(Tokenizer):
               for encoding in self._inner.encode_batch(
                   chunks[i:i + 256], add_special_tokens=False)]
     return np.concatenate(ids)
+
+  def lost(self, text):
+    exact = BYTELEVEL in self.text and self._inner.normalizer is None
+    return 0 if exact else super().lost(text)
 
   def _decode(self, ids):
     return self._inner.decode(ids, skip_special_tokens=False)
@@ -157,14 +186,22 @@ def from_json(saved):
   return kind(**{key: saved[key] for key in saved if key != 'kind'})
 
 
+def read_meta(path):
+  """The dict of a nanoGPT meta.pkl; ValueError for any other pickle."""
+  try:
+    with open(path, 'rb') as file:
+      return dict(_PlainUnpickler(file).load())
+  except Exception as error:  # a broken pickle raises nearly anything
+    raise _no_meta(path, error) from None
+
+
 def from_meta(path):
   """The tokenizer of a nanoGPT meta.pkl: Char, or Ids if it has no stoi.
 
   Raises ValueError for any other pickle.
   """
+  meta = read_meta(path)
   try:
-    with open(path, 'rb') as file:
-      meta = _PlainUnpickler(file).load()
     if 'stoi' not in meta:
       return Ids(int(meta['vocab_size']))
     chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
@@ -172,18 +209,26 @@ def from_meta(path):
     if meta['stoi'] != pairs or {len(char) for char in chars} != {1}:
       raise ValueError('stoi and itos do not pair single characters with ids')
     return Char(''.join(chars))
-  except Exception as error:  # a broken pickle raises nearly anything
-    raise ValueError(
-        f'--dataset: {path} is no plain meta.pkl ({type(error).__name__}: '
-        f'{error}): remove it to train on the ids') from None
+  except (TypeError, ValueError, LookupError) as error:
+    raise _no_meta(path, error) from None
 
 
-def stream(tokenizer, ids):
+def _no_meta(path, error):
+  return ValueError(
+      f'--dataset: {path} is no plain meta.pkl ({type(error).__name__}: '
+      f'{error}): remove it to train on the ids')
+
+
+def stream(tokenizer, ids, *, after=()):
   """Yields text as ids (an iterable) arrive, characters always whole.
 
-  Joined, what it yields is the text of all the ids.
+  Joined, what it yields is the text of all the ids, as it reads after the
+  text of those that came before them.
   """
-  context, pending = [], []
+  context, pending = [*after], []
+  for _ in range(3):  # Bytes of a character that lacks its last one.
+    if tokenizer.decode(context).endswith(UNKNOWN):
+      pending.insert(0, context.pop())
   for token in ids:
     pending.append(int(token))
     text = tokenizer.decode(context + pending)

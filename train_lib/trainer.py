@@ -103,11 +103,11 @@ def train(config, workdir=None):
         metrics.Logger(run.config, run.workdir) as log,
         metrics.Profiler(run.config, run.workdir) as profiler,
         Preemption() as preemption):
-    state, first = run_lib.restore(run, store)
+    state, first, meta = run_lib.restore(run, store)
     run_lib.write_config(run)
     with dispatch.record() as choices:
       step = make_step(run).lower(state, run.batch(first))
-    log.say(report.header(run, first, choices))
+    log.say(report.header(run, first, choices, meta))
     started = time.perf_counter()
     step = step.compile()
     log.say(report.compiled(step, time.perf_counter() - started))

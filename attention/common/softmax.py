@@ -13,26 +13,27 @@ from model.layers import param, rms_normalize, rotary
 def init_cache(shapes, *, batch, length, window, dtype):
   """An empty cache of one array per entry of `shapes`, per-token shapes.
 
-  With a window, the last window - 1 tokens are kept, oldest first; else all
-  `length` of them, in the order in which they came. Empty slots have segment
-  -1, which no token has.
+  It holds `length` tokens in the order in which they came, and `index` counts
+  them; or with a window the last window - 1, oldest first: such a cache slides,
+  and has no index. Empty slots have segment -1, which no token has.
   """
-  slots = length if not window else min(length, window - 1)
+  slides = 0 < window <= length
+  slots = window - 1 if slides else length
   return {
       'values': tuple(jnp.zeros((batch, slots, *s), dtype) for s in shapes),
       'segment_ids': jnp.full((batch, slots), -1, jnp.int32),
-      'index': jnp.zeros((), jnp.int32),
+      'index': None if slides else jnp.zeros((), jnp.int32),
   }
 
 
-def append(cache, values, segment_ids, *, window):
+def append(cache, values, segment_ids):
   """Adds T tokens to a cache.
 
   Args:
-    cache: from init_cache.
+    cache: from init_cache. Tokens beyond its length overwrite the last ones:
+      jit cannot know how many it holds, so that who calls must.
     values: the arrays of the new tokens, [B,T,...] each.
     segment_ids: int32 [B,T] of the new tokens, or None.
-    window: the window of init_cache, a number of tokens or 0.
 
   Returns:
     (arrays to attend to, (query ids, key ids), q_offset, the new cache).
@@ -42,20 +43,19 @@ def append(cache, values, segment_ids, *, window):
     segment_ids = jnp.zeros((batch, T), jnp.int32)
   old = (*cache['values'], cache['segment_ids'])
   new = (*values, segment_ids)
-  slots = old[0].shape[1]
-  if window and slots == window - 1:
+  slots, index = old[0].shape[1], cache['index']
+  if index is None:
     seen = [jnp.concatenate([o, n.astype(o.dtype)], 1)
             for o, n in zip(old, new)]
     kept, offset = [x[:, T:] for x in seen], slots
   else:
     if slots < T:
       raise ValueError(f'{T} tokens do not fit a state of length {slots}')
-    offset = cache['index']
+    offset, index = index, index + T
     seen = kept = [
         jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), offset, 1)
         for o, n in zip(old, new)]
-  cache = {'values': tuple(kept[:-1]), 'segment_ids': kept[-1],
-           'index': cache['index'] + T}
+  cache = {'values': tuple(kept[:-1]), 'segment_ids': kept[-1], 'index': index}
   return seen[:-1], (segment_ids, seen[-1]), offset, cache
 
 
@@ -65,16 +65,19 @@ def recall(values, ctx, state, *, window):
   Args:
     values: arrays [B,T,...] of the tokens.
     ctx: the Context.
-    state: a cache, or None.
-    window: as in init_cache.
+    state: a cache, or None. One that slides is a window, whatever `window`.
+    window: tokens that a query sees, itself included, or 0: all.
 
   Returns:
-    (arrays, segment_ids and q_offset for `flash_attention`, the state).
+    (arrays, what else `flash_attention` has to know of them, the state).
   """
+  ids, q_offset = ctx.segment_ids, 0
+  ids = None if ids is None else (ids, ids)
   if state is not None:
-    return append(state, values, ctx.segment_ids, window=window)
-  ids = ctx.segment_ids
-  return values, None if ids is None else (ids, ids), 0, None
+    if state['index'] is None:
+      window = state['segment_ids'].shape[1] + 1
+    values, ids, q_offset, state = append(state, values, ctx.segment_ids)
+  return values, dict(segment_ids=ids, q_offset=q_offset, window=window), state
 
 
 def visible(length, window):
@@ -139,12 +142,11 @@ class Softmax(nnx.Module):
     if self.g is not None:
       # |rms_normalize(q)| = sqrt(H), so that s = g cos(q, k).
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]
-    (k, v), segment_ids, q_offset, state = recall(
+    (k, v), visible_to, state = recall(
         (k, v), ctx, state, window=self.window)
     y = flash_attention(
-        q, k, v, ctx, segment_ids=segment_ids, q_offset=q_offset,
-        sink=sink_values(self.log_sink, options, self.n_head), scale=scale,
-        softcap=self.softcap, window=self.window,
+        q, k, v, ctx, **visible_to, scale=scale, softcap=self.softcap,
+        sink=sink_values(self.log_sink, options, self.n_head),
         implementation=self.implementation)
     return y, state
 

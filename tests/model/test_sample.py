@@ -18,9 +18,9 @@ PROMPTS = [[3], [1, 2, 3, 4, 5], [7, 7, 0, 9, 11, 23, 2, 4, 6]]
 
 @functools.cache
 def model(*kinds, **flags):
-  config = cases.config(
+  config = cases.config(**dict(dict(
       n_embd=16, block_size=SIZE, vocab_size=VOCAB, n_layer=len(kinds),
-      attention_list=kinds, init_std=0.5, tie_embeddings=False, **flags)
+      attention_list=kinds, init_std=0.5, tie_embeddings=False), **flags))
   abstract = AbstractModel(config)
   return abstract.merge(jax.jit(abstract.init)(KEY))
 
@@ -34,13 +34,15 @@ def _last(model, tokens, length):
 
 def recompute(model, prompt, n):
   """n greedy tokens, each from all of the context, with no state."""
-  context, tokens = list(prompt)[-SIZE:], []
+  bounded = model.longest is not None
+  context, tokens = list(prompt)[-SIZE if bounded else 0:], []
   for _ in range(n):
-    padded = np.zeros((1, SIZE), np.int32)  # After the end: not seen.
+    # After the end: not seen.
+    padded = np.zeros((1, SIZE if bounded else 6 * SIZE), np.int32)
     padded[0, :len(context)] = context
     tokens.append(int(jnp.argmax(_last(model, padded, len(context)))))
     context.append(tokens[-1])
-    if len(context) > SIZE:
+    if bounded and len(context) > SIZE:
       context = context[-SIZE // 2:]
   return tokens
 
@@ -69,11 +71,42 @@ def test_decoding_goes_on_when_the_context_is_full():
     assert got == [recompute(causal, prompt, 3 * SIZE)]
 
 
-def test_a_batch_decodes_beyond_its_context():
+def test_every_row_of_a_batch_keeps_its_own_context():
+  """None is read anew before it is full, whatever the lengths of others."""
   causal = model('causal', 'causal')
   got = generate(causal, PROMPTS, 3 * SIZE, temperature=0)
-  assert np.shape(got) == (3, 3 * SIZE)
-  assert np.min(got) >= 0 and np.max(got) < VOCAB
+  assert got == [recompute(causal, p, 3 * SIZE) for p in PROMPTS]
+
+
+LONG = np.random.default_rng(0).integers(0, VOCAB, 2 * SIZE + 3).tolist()
+# Models, and the same ones with a window where softmax has none.
+ENDLESS = [
+    (('ssm', 'linear', 'co4'),) * 2,
+    (('causal(use_rotary_embeddings=true)', 'mla'),
+     (f'causal(use_rotary_embeddings=true, window_size={SIZE})',
+      f'mla(window_size={SIZE})')),
+    (('causal(window_size=5)', f'mla(window_size={SIZE})'),) * 2,
+    (('causal', 'ssm', 'infinite'),
+     (f'causal(window_size={SIZE})', 'ssm', f'infinite(window_size={SIZE})')),
+]
+
+
+@pytest.mark.parametrize('kinds, windowed', ENDLESS, ids=str)
+def test_without_learned_positions_a_state_goes_on_for_ever(kinds, windowed):
+  """Softmax sees the last block_size tokens, all others see all."""
+  free = dict(use_abs_pos_embeddings=False, init_std=1.0)
+  prompts = [*PROMPTS, LONG]
+  got = generate(model(*kinds, **free), prompts, 3 * SIZE, temperature=0)
+  whole = model(*windowed, **free)
+  assert got == [recompute(whole, p, 3 * SIZE) for p in prompts]
+  assert len({*sum(got, [])}) > 2
+
+
+def test_exact_co4_slides_too():
+  exact = model('co4(co4_mode=exact)', use_abs_pos_embeddings=False)
+  together = generate(exact, PROMPTS, 3 * SIZE, temperature=0)
+  assert together == [
+      generate(exact, [p], 3 * SIZE, temperature=0)[0] for p in PROMPTS]
 
 
 def test_a_windowed_cache_decodes_too():

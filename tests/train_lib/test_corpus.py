@@ -3,14 +3,13 @@
 import hashlib
 import io
 import pickle
-import pydoc_data.topics
 import sys
 import types
 
 import numpy as np
 import pytest
 
-from train_lib import corpus, data
+from train_lib import corpus, data, manual
 from train_lib import tokenizer as tokenizer_lib
 
 TEXT = ''.join(f'line {i} of the tale, café\n' for i in range(400))
@@ -57,17 +56,13 @@ def refuse(message, name, **kwargs):
   assert '\n' not in str(caught.value)
 
 
-def test_pydoc_is_the_sorted_topics():
+def test_pydoc_is_one_corpus():
   dataset = corpus.load('pydoc')
-  topics = pydoc_data.topics.topics
-  text = ''.join(
-      t if t.endswith('\n') else t + '\n' for _, t in sorted(topics.items()))
   joined = np.concatenate([dataset.train, dataset.val])
-  assert dataset.tokenizer.decode(joined) == text
-  assert dataset.sha256 == hashlib.sha256(text.encode()).hexdigest()
+  assert hashlib.sha256(joined).hexdigest() == dataset.sha256 == manual.SHA256
   assert dataset.train.dtype == np.uint8
   assert dataset.vocab_size == 256
-  assert dataset.train_starts is None
+  assert dataset.train_starts is None and dataset.notes == ()
   assert len(dataset.val) == pytest.approx(len(joined) / 10, rel=0.01)
 
 
@@ -102,13 +97,33 @@ def test_folder_reads_files_in_order_and_not_the_hidden(folder):
       '0' * 300, '2' * 250, '4' * 500, '1' * 900, '3' * 50]
 
 
-def test_folder_says_what_it_leaves_out(folder, caplog):
+def test_folder_says_what_it_leaves_out(folder):
   (folder / 'a.png').write_bytes(b'\x89PNG\0')
   (folder / 'empty').write_bytes(b'')
   dataset = corpus.load(str(folder))
-  assert "2 of 7 files are left out" in caplog.text
-  assert 'a.png' in caplog.text
+  assert dataset.notes == (
+      '2 of 7 files are left out, empty or no text: a.png, empty',)
   assert len(dataset.train) + len(dataset.val) == 2005
+
+
+def test_what_a_ready_tokenizer_does_not_have_is_counted(text_file):
+  lacking = tokenizer_lib.Char(''.join(sorted(set(TEXT) - {'é', 'a'})))
+  dataset = corpus.load(str(text_file), tokenizer=lacking)
+  kept = TEXT[int(0.9 * len(TEXT)):].replace('é', '').replace('a', '')
+  assert dataset.tokenizer.decode(dataset.val) == kept
+  assert dataset.lost == 40 * 3
+  assert '120 of the' in dataset.notes[0]
+
+
+def test_no_home_is_no_reason_to_stop(monkeypatch, text_file):
+  monkeypatch.setattr(corpus.os, 'environ', {})
+  monkeypatch.setattr(
+      corpus.pathlib.Path, 'expanduser', lambda self: no_home())
+  assert corpus.load(str(text_file)).lost == 0
+
+
+def no_home():
+  raise RuntimeError('Could not determine home directory.')
 
 
 def test_packing_splits_at_the_nearest_document(folder):

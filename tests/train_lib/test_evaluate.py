@@ -44,3 +44,25 @@ def test_quick_and_full_are_means_over_their_targets(config, tmp_path):
   # A token is a byte here.
   assert result['bits_per_byte'] == pytest.approx(
       full.mean() / np.log(2), rel=1e-5)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_accumulation_changes_no_loss(config, tmp_path):
+  """The rows of an evaluation are a flag of their own."""
+  def evaluators():
+    for steps in (1, 4):
+      config.gradient_accumulation_steps = steps
+      yield Evaluator(run_lib.open_run(config, tmp_path / 'run'))
+  one, four = evaluators()
+  params = jax.jit(one.model.init)(jax.random.key(0))
+  assert one.quick(params) == four.quick(params)
+  config.eval_batch_size = 2
+  fewer = Evaluator(run_lib.open_run(config, tmp_path / 'run'))
+  assert fewer.full(params)['val_loss_full'] == pytest.approx(
+      one.full(params)['val_loss_full'], rel=1e-6)
+
+
+def test_evaluation_rows_fit_the_mesh(config, tmp_path):
+  config.update(mesh_data=8, eval_batch_size=12)
+  with pytest.raises(ValueError, match=r'eval_batch_size \(12\) must be a mul'):
+    run_lib.open_run(config, tmp_path / 'run')

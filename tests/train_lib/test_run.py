@@ -10,6 +10,7 @@ from train_lib import trainer
 BAD = [
     ('gradient_accumulation_steps', 3, 'batch_size .8. must be a multiple'),
     ('mesh_tensor', 3, 'does not fit the 1 devices'),
+    ('eval_batch_size', 0, 'eval_batch_size .0. must be at least 1'),
     ('nan_policy', 'hope', 'unknown nan_policy'),
     ('optimizer', 'adam', 'did you mean adamw'),
     ('lr_schedule', 'cosin', 'did you mean cosine'),

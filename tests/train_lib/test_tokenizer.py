@@ -208,3 +208,53 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch):
   with pytest.raises(ImportError, match=r'pip install -e ".\[data\]"'):
     tokenizer_lib.make('bpe:300', [TEXT])
   tokenizer_lib.make('byte', [])
+
+
+def saved(tmp_path, inner):
+  path = tmp_path / 'saved.json'
+  inner.save(str(path))
+  return tokenizer_lib.make(str(path), [])
+
+
+@pytest.fixture
+def words():
+  """A tokenizer of words in lower case, with an unknown one."""
+  tokenizers = pytest.importorskip('tokenizers')
+  inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(
+      {'[UNK]': 0, 'deep': 1, '##er': 2, 'sea': 3}, unk_token='[UNK]'))
+  inner.normalizer = tokenizers.normalizers.Lowercase()
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  inner.decoder = tokenizers.decoders.WordPiece()
+  return inner
+
+
+def test_a_corpus_is_neither_cut_nor_filled_up(tmp_path, words):
+  words.enable_truncation(2)
+  words.enable_padding(length=9)
+  assert saved(tmp_path, words).encode('deeper sea').tolist() == [1, 2, 3]
+
+
+def test_what_is_lost_is_counted(tmp_path, words):
+  tokenizer = saved(tmp_path, words)
+  assert tokenizer.lost('deeper sea') == 0
+  assert tokenizer.lost('Deeper sea') == 1  # The capital.
+  assert tokenizer.lost('deep blue sea') == 4  # [UNK] has none of 'blue'.
+  assert make('bpe:300').lost('Ünknown 日') == 0
+  assert make('byte').lost('Ünknown 日') == 0
+  char = tokenizer_lib.Char('ab')
+  assert (char.lost('abcb'), char.kept('abcb'), char.kept('')) == (1, 'abb', '')
+
+
+def test_what_follows_a_prompt_is_not_glued_to_it(tmp_path, words):
+  for tokenizer, prompt, ids in (
+      (tokenizer_lib.Ids(9), '1 2', [3, 4]),
+      (saved(tmp_path, words), 'deep', [2, 3])):
+    before = tokenizer.encode(prompt)
+    pieces = list(tokenizer_lib.stream(tokenizer, ids, after=before))
+    assert prompt + ''.join(pieces) == tokenizer.decode([*before, *ids])
+
+
+def test_a_prompt_that_ends_within_a_character():
+  pieces = tokenizer_lib.stream(
+      tokenizer_lib.Byte(), '€'.encode()[2:] + b'a', after='€'.encode()[:2])
+  assert list(pieces) == ['€', 'a']
