@@ -14,7 +14,7 @@ from model.layers import segment_positions
 from model.sharding import Context
 from tests.attention import cases, oracles
 from tests.attention.cases import Case, build, close, inputs
-from tests.kernels.oracle import largest_buffer, same_bits
+from tests.kernels.measure import largest_buffer, same_bits
 
 MODS = {
     'cooperation': lambda r, c: np.clip(

@@ -12,7 +12,7 @@ from configs import default
 from model.layers import segment_positions
 from model.sharding import Context
 from tests.attention import oracles
-from tests.kernels.oracle import relative_rms, same_bits
+from tests.kernels.measure import relative_rms, same_bits
 
 # Two chunks of the op, neither of them a power of two.
 BATCH, TIME, WIDTH, HEADS = 4, 70, 16, 4

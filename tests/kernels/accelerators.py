@@ -5,11 +5,14 @@ import functools
 import importlib.util
 import os
 import pathlib
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.state.types import AbstractRef
 from jax.experimental import mesh_utils, topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -74,10 +77,45 @@ def require_h100_compiler(monkeypatch):
   monkeypatch.setenv('MOSAIC_GPU_DUMP_PTXAS', '1')
 
 
+def wgmma_from_registers(self, eqn, token, get_invals, *, original):
+  """The interpreter's wgmma takes a left operand in shared memory alone."""
+  if isinstance(eqn.invars[1].aval, AbstractRef):
+    return original(self, eqn, token, get_invals)
+
+  def multiply(*, token, mesh_location, thread, acc, a, b, transforms):
+    memory = gpu_callbacks._get_shared_memory()
+    acc, b = map(gpu_callbacks.HostAllocationKey.from_array, (acc, b))
+    where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, None)
+    read = lambda key, access: memory.get_buffer_content(
+        key, access, thread, logging_info=where)[0]
+    transforms = jax.tree.map(
+        int, gpu_callbacks._remove_noop_transforms(transforms))
+    right = read(b, memory.access(b, transforms))
+    whole = memory.access(acc, ())
+    total = read(acc, whole)
+    total = total + np.matmul(a, right, dtype=total.dtype)
+    memory.store_buffer_content(acc, whole, total, thread, logging_info=where)
+    return token
+
+  acc, a, b, *leaves = get_invals()
+  transforms = jax.tree.unflatten(eqn.params['b_transforms_tree'], leaves)
+  b, transforms = jaxpr_interpret.resolve_ref(
+      eqn.invars[2].aval, b, transforms)
+  return callback.io_callback(
+      gpu_callbacks.fail_on_exception(multiply),
+      gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token,
+      mesh_location=self.mesh_location, thread=self.thread, acc=acc, a=a, b=b,
+      transforms=transforms), []
+
+
 @contextlib.contextmanager
 def gpu_interpreter():
   """Runs Mosaic GPU kernels on the CPU, with a race detector."""
   gpu_callbacks.reset_gpu_interpret_mode_state()
-  with plgpu.force_gpu_interpret_mode(
-      plgpu.InterpretGPUParams(detect_races=True)):
+  interpreter, name = jaxpr_interpret.JaxprInterpreter, '_interpret_wgmma_ref_p'
+  wgmma = functools.partialmethod(
+      wgmma_from_registers, original=getattr(interpreter, name))
+  with (mock.patch.object(interpreter, name, wgmma),
+        plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=True))):
     yield
