@@ -41,7 +41,7 @@ class Layers:
 @dataclasses.dataclass(frozen=True)
 class Model:
   """Model"""
-  n_layer: int = option(4, 'layers', at_least=1)
+  n_layer: int = option(4, 'layers', at_least=1, at_most=10_000)
   n_head: int = option(4, 'query heads', at_least=1)
   n_embd: int = option(128, 'model width', at_least=1)
   block_size: int = option(128, 'longest context, in tokens', at_least=1)
@@ -171,7 +171,7 @@ class MeshShape:
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """Sampling"""
-  prompt: str = option('\n', 'text to continue')
+  prompt: str = option('\n', 'text to continue', empty=True)
   num_samples: int = option(1, 'continuations', at_least=1)
   max_new_tokens: int = option(500, 'tokens of each continuation', at_least=1)
   temperature: float = option(
