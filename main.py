@@ -12,7 +12,7 @@ def parse(argv):
   """The config of a command line; what is left goes to absl."""
   from configs import flags
   try:
-    if '--help' in argv:
+    if {'-h', '--help'} & set(argv):
       print(flags.describe())
       sys.exit(0)
     config, _, rest = flags.parse(argv[1:], others=absl_flags.FLAGS)
@@ -36,5 +36,6 @@ def main(config):
 
 
 if __name__ == '__main__':
+  sys.stdout.reconfigure(errors='backslashreplace')  # As stderr has it.
   cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
   app.run(main, flags_parser=parse)

@@ -37,9 +37,9 @@ def check_sizes(config, mesh):
   # Parameters and their gradients, in float32.
   check('parameters', 2 * 4 * (table + layers + positions) // copies, config,
         flags=('n_layer', 'n_embd', 'mlp_width', 'vocab_size', 'block_size'))
-  rows = config.batch_size // config.gradient_accumulation_steps
+  part = config.batch_size // config.gradient_accumulation_steps
   width = 2 if config.compute_dtype == 'bfloat16' else 4
-  for rows, flag in ((rows, 'batch_size'),
+  for rows, flag in ((part, 'batch_size'),
                      (config.eval_batch_size or 0, 'eval_batch_size')):
     check('activations', rows * config.block_size * D * width
           // mesh_size(mesh, 'B'), config, flags=(flag, 'block_size', 'n_embd'))
