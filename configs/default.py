@@ -171,7 +171,7 @@ class MeshShape:
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """Sampling"""
-  prompt: str = option('\n', 'text to continue', empty=True)
+  prompt: str = option('\n', 'text to continue', empty=True, once=True)
   num_samples: int = option(1, 'continuations', at_least=1)
   max_new_tokens: int = option(500, 'tokens of each continuation', at_least=1)
   temperature: float = option(

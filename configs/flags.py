@@ -46,6 +46,8 @@ def split(argv, fields):
         rest.append(tokens.popleft())
       continue
     kind, _ = options.types(field)
+    if name in texts and field.metadata['once']:
+      raise FlagError(f'--{name} is given twice: give it once')
     if not equals:
       text = _following(tokens, kind, field)
     if kind is tuple and text is not None and texts.get(name):

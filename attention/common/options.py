@@ -15,7 +15,8 @@ TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
 
 def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
-           empty=False, at_least=None, above=None, at_most=None, below=None):
+           empty=False, once=False, at_least=None, above=None, at_most=None,
+           below=None):
   """A flag: a dataclass field whose default and help text are the flag's.
 
   Args:
@@ -28,6 +29,7 @@ def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
       one, for it to have an effect.
     choices: the values that it takes; none: any of its type.
     empty: of a text, that it may be empty.
+    once: given twice it is an error; of other flags the last value counts.
     at_least, above, at_most, below: bounds of a number, which is always finite
       and, if an integer, one of 32 bits: sizes and steps are.
   """
@@ -35,7 +37,7 @@ def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
             'less than': below}
   return dataclasses.field(default=default, metadata={
       'help': help, 'bare': bare, 'runtime': runtime, 'needs': needs,
-      'choices': choices, 'empty': empty,
+      'choices': choices, 'empty': empty, 'once': once,
       'bounds': {k: v for k, v in bounds.items() if v is not None}})
 
 
@@ -75,12 +77,12 @@ def check(field, value):
                      + (', or none' if optional else ''))
   if not isinstance(value, kind):
     raise ValueError(f'{field.name}={value!r} is not {takes(field)}')
-  if kind is str and not value and not field.metadata['empty']:
-    raise ValueError(f'{field.name} is empty: {field.metadata["help"]}')
   choices = field.metadata['choices']
   if choices is not None and value not in choices:
     raise ValueError(f'unknown {field.name} {value!r}{nearest(value, choices)}'
                      f' known: {", ".join(choices)}')
+  if value == '' and not field.metadata['empty']:
+    raise ValueError(f'{field.name} is empty: {field.metadata["help"]}')
 
 
 def convert(field, text):
