@@ -108,20 +108,24 @@ class Meter:
     self.config, self.log, self.workdir = run.config, log, run.workdir
     self.tokens = run.config.batch_size * run.config.block_size
     self.flops = self.tokens * run.flops_per_token() / jax.device_count()
-    self.step, self.pending, self.losses = first, None, []
+    self.step, self.losses = first, []
+    self.pending = self.ended = None
     self.skipped, self.start = 0, time.perf_counter()
 
   def add(self, values):
     """Takes the metrics of the step just dispatched."""
     self.flush()
     self.step, self.pending = self.step + 1, values
+    # A program on a CPU may have run while it was dispatched.
+    ready = values['loss'].is_ready()
+    self.ended = time.perf_counter() if ready else None
 
   def flush(self):
     """Reads the metrics that are pending; Diverged if they are not finite."""
     if self.pending is None:
       return
     values = {n: x.item() for n, x in jax.device_get(self.pending).items()}
-    self.pending = None
+    self.pending, ended = None, self.ended or time.perf_counter()
     finite = math.isfinite(values['loss']) and math.isfinite(
         values['grad_norm'])
     if finite:
@@ -129,11 +133,11 @@ class Meter:
     elif self.config.nan_policy == 'stop':
       raise Diverged(self._advice(values))
     if self.step % self.config.log_interval == 0 and self.losses:
-      self._report(values)
+      self._report(values, ended)
 
-  def _report(self, values):
+  def _report(self, values, ended):
     steps = self.config.log_interval
-    rate = max(time.perf_counter() - self.start, 1e-9) / steps
+    rate = max(ended - self.start, 1e-9) / steps
     row = {'loss': sum(self.losses) / len(self.losses),
            'grad_norm': values['grad_norm'],
            'learning_rate': values['learning_rate'],
@@ -145,7 +149,7 @@ class Meter:
       row['skipped'] = values['skipped']
     self.log.write(self.step, row)
     self.log.progress(self.step, row['loss'], row['tokens_per_s'])
-    self.losses, self.start = [], time.perf_counter()
+    self.losses, self.start = [], ended
 
   @contextlib.contextmanager
   def pause(self):

@@ -1,6 +1,7 @@
 """What a run tells while it goes on."""
 
 import json
+import types
 
 import pytest
 
@@ -21,6 +22,45 @@ def test_rows_after_the_resumed_step_are_dropped(config, tmp_path, capsys):
   assert [json.loads(row) for row in path.read_text().splitlines()] == [
       {'step': 1, 'loss': 3.0}, {'step': 3, 'loss': 1.5}]
   assert 'loss 1.5' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dispatched', [0, 8], ids=['waiting', 'at-once'])
+def test_a_step_takes_what_it_takes(config, monkeypatch, dispatched):
+  """8 ms, wherever the host waits for it, and with pauses of 100 ms."""
+  clock, rows = [0.0], []
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: clock[0])
+
+  def spend(ms):
+    clock[0] += ms / 1e3
+
+  class Value:
+
+    def __init__(self, number):
+      self.number = number
+
+    def is_ready(self):
+      return dispatched > 0
+
+    def item(self):
+      return self.number
+
+  def device_get(values):
+    spend(8 - dispatched)
+    return values
+  monkeypatch.setattr(metrics.jax, 'device_get', device_get)
+  meter = metrics.Meter(
+      types.SimpleNamespace(config=config, workdir='', flops_per_token=int),
+      types.SimpleNamespace(write=lambda step, row: rows.append(row),
+                            progress=lambda *_: None), 0)
+  for step in range(8):
+    spend(dispatched)
+    meter.add({name: Value(1.0) for name in (
+        'loss', 'grad_norm', 'learning_rate', 'skipped')})
+    if step % 3 == 2:
+      with meter.pause():
+        spend(100)
+  meter.flush()
+  assert [row['ms_per_step'] for row in rows] == pytest.approx([8] * 8)
 
 
 @pytest.mark.parametrize('value,text', [

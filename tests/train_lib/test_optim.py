@@ -14,7 +14,7 @@ OPTIMIZERS = ('adamw', 'lion', 'adafactor', 'muon', 'sgd')
 
 @pytest.fixture(scope='module')
 def model():
-  return AbstractModel(runs.small('', vocab_size=32, use_flash_lobo=True))
+  return AbstractModel(runs.small('pydoc', vocab_size=32, use_flash_lobo=True))
 
 
 @pytest.fixture(scope='module')
