@@ -154,6 +154,10 @@ class Logging:
   log_interval: int = option(50, 'steps between lines of metrics', at_least=1)
   tensorboard: bool = option(False, 'write TensorBoard events')
   wandb: str | None = option(None, 'Weights & Biases project to log to')
+  wandb_name: str | None = option(
+      None, 'name of the run there; none: that of its folder')
+  wandb_group: str | None = option(None, 'group of runs there')
+  wandb_notes: str | None = option(None, 'what is to be said of the run there')
   profile_steps: tuple | None = option(
       None, 'FIRST LAST: steps of a jax profiler trace')
 

@@ -120,6 +120,7 @@ def finish(run, state, *, evaluator, log):
   if speed:
     rows.append(('speed', f'{np.median(speed):,.0f} tokens/s'))
   rows.append(('run', str(run.workdir)))
+  log.close_bar()
   log.say('\n' + metrics.table(rows))
   if jax.process_count() == 1:
     log.say('\n' + _sample(run, state))
