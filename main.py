@@ -1,5 +1,6 @@
 """Trains, evaluates or samples a language model: python main.py --help."""
 
+import io
 import sys
 
 from absl import app, logging
@@ -36,6 +37,7 @@ def main(config):
 
 
 if __name__ == '__main__':
-  sys.stdout.reconfigure(errors='backslashreplace')  # As stderr has it.
+  if isinstance(sys.stdout, io.TextIOWrapper):  # As stderr has it.
+    sys.stdout.reconfigure(errors='backslashreplace')
   cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
   app.run(main, flags_parser=parse)

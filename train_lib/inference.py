@@ -6,7 +6,14 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from model import sample
-from train_lib import checkpoints, evaluate, metrics, report, tokenizer
+from train_lib import (
+    checkpoints,
+    evaluate,
+    metrics,
+    plan,
+    report,
+    tokenizer,
+)
 from train_lib import run as run_lib
 from train_lib.state import AbstractModel
 
@@ -98,6 +105,7 @@ def sample_run(config, workdir=None):
   if model.longest and len(ids) > model.block_size:
     print(f'note: the prompt has {len(ids)} tokens; the last '
           f'{model.block_size} (block_size) are kept')
+  plan.check_samples(model, ids, config)
   chunks = sample.generate(
       model, [ids] * config.num_samples, key=jax.random.key(config.seed),
       **rule)

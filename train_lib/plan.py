@@ -54,6 +54,20 @@ def check_state(template, config):
   check('parameters and optimiser', size, config, flags=sizes)
 
 
+def check_samples(model, prompt, config):
+  """Raises ValueError if the states of all samples do not fit a device.
+
+  Args:
+    model: the Transformer.
+    prompt: its token ids.
+    config: the flags.
+  """
+  whole, per_token = model.state_bytes()
+  tokens = min(len(prompt) + config.max_new_tokens, config.block_size)
+  check('states', config.num_samples * (whole + per_token * tokens), config,
+        flags=('num_samples', 'block_size'))
+
+
 def check(what, needed, config, *, flags):
   """Raises ValueError if a device has less than the bytes that are needed.
 
