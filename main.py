@@ -1,5 +1,6 @@
 """Trains, evaluates or samples a language model: python main.py --help."""
 
+import io
 import sys
 
 from absl import app, logging
@@ -12,7 +13,7 @@ def parse(argv):
   """The config of a command line; what is left goes to absl."""
   from configs import flags
   try:
-    if '--help' in argv:
+    if {'-h', '--help'} & set(argv):
       print(flags.describe())
       sys.exit(0)
     config, _, rest = flags.parse(argv[1:], others=absl_flags.FLAGS)
@@ -36,5 +37,7 @@ def main(config):
 
 
 if __name__ == '__main__':
+  if isinstance(sys.stdout, io.TextIOWrapper):  # As stderr has it.
+    sys.stdout.reconfigure(errors='backslashreplace')
   cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
   app.run(main, flags_parser=parse)

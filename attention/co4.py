@@ -40,7 +40,7 @@ class Options(flags.Softcap, flags.Lobo, flags.Flash):
   n_latent: int = option(4, 'latent queries', at_least=1)
   triadic_loops: int = option(
       1, 'passes in which queries, keys and values modulate each other',
-      at_least=0)
+      at_least=0, at_most=100)
   mod_fn: str = option(
       'cooperation', 'how a context modulates', choices=tuple(triadic.MODS))
   co4_mode: str = option(

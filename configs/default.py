@@ -45,7 +45,7 @@ class Layers:
 @dataclasses.dataclass(frozen=True)
 class Model:
   """Model"""
-  n_layer: int = option(4, 'layers', at_least=1)
+  n_layer: int = option(4, 'layers', at_least=1, at_most=10_000)
   n_head: int = option(4, 'query heads', at_least=1)
   n_embd: int = option(128, 'model width', at_least=1)
   block_size: int = option(128, 'longest context, in tokens', at_least=1)
@@ -158,6 +158,10 @@ class Logging:
   log_interval: int = option(50, 'steps between lines of metrics', at_least=1)
   tensorboard: bool = option(False, 'write TensorBoard events')
   wandb: str | None = option(None, 'Weights & Biases project to log to')
+  wandb_name: str | None = option(
+      None, 'name of the run there; none: that of its folder')
+  wandb_group: str | None = option(None, 'group of runs there')
+  wandb_notes: str | None = option(None, 'what is to be said of the run there')
   profile_steps: tuple | None = option(
       None, 'FIRST LAST: steps of a jax profiler trace')
 
@@ -175,7 +179,7 @@ class MeshShape:
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """Sampling"""
-  prompt: str = option('\n', 'text to continue')
+  prompt: str = option('\n', 'text to continue', empty=True, once=True)
   num_samples: int = option(1, 'continuations', at_least=1)
   max_new_tokens: int = option(500, 'tokens of each continuation', at_least=1)
   temperature: float = option(

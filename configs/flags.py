@@ -46,6 +46,8 @@ def split(argv, fields):
         rest.append(tokens.popleft())
       continue
     kind, _ = options.types(field)
+    if name in texts and field.metadata['once']:
+      raise FlagError(f'--{name} is given twice: give it once')
     if not equals:
       text = _following(tokens, kind, field)
     if kind is tuple and text is not None and texts.get(name):
@@ -116,15 +118,20 @@ def of_run(workdir):
 
 def update(config, values, *, source):
   """Sets flags from a dict; an unknown one is an error that names `source`."""
+  fields = default.fields()
   for name, value in values.items():
     if name not in config:
       raise FlagError(f'{source}: unknown flag {name}'
                       + options.nearest(name, config))
+    value = tuple(value) if isinstance(value, list) else value
+    kind, _ = options.types(fields[name])
     try:
-      config[name] = tuple(value) if isinstance(value, list) else value
+      if isinstance(value, bool) and kind is not bool:
+        raise TypeError  # A ConfigDict would take true for 1.0.
+      config[name] = value
     except TypeError:
       raise FlagError(f'{source}: {name}={value!r} is not '
-                      + options.takes(default.fields()[name])) from None
+                      + options.takes(fields[name])) from None
   return config
 
 

@@ -25,6 +25,9 @@ def check(config):
   if config.vocab_size is None:
     raise ValueError('vocab_size is not set: give the number of token ids, '
                      'which the trainer takes from the dataset')
+  if jax.config.jax_enable_x64:
+    raise ValueError('JAX_ENABLE_X64 is set, but parameters and states are '
+                     'float32 here: unset it')
 
 
 

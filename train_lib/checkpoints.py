@@ -70,6 +70,8 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
     self._ocp, self._read_only = ocp, read_only
+    talk = logging.getLogger('absl')  # Of Orbax, also in a notebook.
+    talk.setLevel(max(talk.level, logging.ERROR))
     # Orbax fails on a relative path, later and in a thread.
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
     by_loss = lambda metrics: -metrics['val_loss']

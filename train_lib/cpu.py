@@ -19,8 +19,10 @@ def keep_memory():
   program calls this first, before NumPy or JAX starts a thread. A library
   does not: how a process allocates is for the program to say.
   """
+  if sys.platform != 'linux':
+    return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if sys.platform == 'linux' and mallopt is not None:
+  if mallopt is not None:
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1),
                           (M_ARENA_MAX, 1)):
       mallopt(option, value)

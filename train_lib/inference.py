@@ -11,6 +11,7 @@ from train_lib import (
     evaluate,
     kernel_check,
     metrics,
+    plan,
     report,
     tokenizer,
 )
@@ -39,7 +40,7 @@ def evaluate_run(config, workdir=None):
     A dict as of evaluate.Evaluator.full.
   """
   with _store(workdir or config.workdir, 'eval') as store:
-    run = run_lib.open_run(config, workdir)
+    run = run_lib.open_run(config, workdir, tokenizer=_tokenizer(store))
     _check_model(store, run.config, run.workdir)
     step, items, _ = store.restore(
         {'params': run.template.params}, best=True)
@@ -49,6 +50,13 @@ def evaluate_run(config, workdir=None):
       + [(name, metrics.short(value)) for name, value in result.items()]
       + report.notes(run.dataset.notes)))
   return result
+
+
+def _tokenizer(store):
+  """The tokenizer of the run: of other data, flags would make another one."""
+  steps = store.steps()
+  return tokenizer.from_json(
+      store.meta(steps[-1])['tokenizer']) if steps else None
 
 
 def _check_model(store, config, workdir):
@@ -97,9 +105,10 @@ def sample_run(config, workdir=None):
               top_p=config.top_p, max_new_tokens=config.max_new_tokens)
   model, vocabulary, _ = load(workdir or config.workdir, config)
   ids = vocabulary.encode(config.prompt)
-  if len(ids) > model.block_size:
+  if model.longest and len(ids) > model.block_size:
     print(f'note: the prompt has {len(ids)} tokens; the last '
           f'{model.block_size} (block_size) are kept')
+  plan.check_samples(model, ids, config)
   chunks = sample.generate(
       model, [ids] * config.num_samples, key=jax.random.key(config.seed),
       **rule)

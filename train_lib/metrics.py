@@ -1,10 +1,13 @@
 """What a run tells: a header, lines or a progress bar, files, a table."""
 
 import contextlib
+import itertools
 import json
 import math
 import pathlib
+import shutil
 import sys
+import textwrap
 import time
 
 import jax
@@ -38,6 +41,11 @@ class Logger:
     self.config, self.workdir = config, pathlib.Path(workdir)
     self.chief = jax.process_index() == 0
     self._file = self._board = self._wandb = self._bar = None
+    if self.chief:  # Before anything is compiled: a package may be missing.
+      self._packages = {
+          flag: _import(package, flag) for flag, package in (
+              ('tensorboard', 'tensorboardX'), ('wandb', 'wandb'))
+          if config[flag]}
 
   def begin(self, first):
     """Opens the files at the step that the run starts from."""
@@ -47,12 +55,15 @@ class Logger:
     _truncate(path, first)
     self._file = path.open('a')
     if self.config.tensorboard:
-      self._board = _import('tensorboardX', 'tensorboard').SummaryWriter(
+      self._board = self._packages['tensorboard'].SummaryWriter(
           str(self.workdir), purge_step=first)
     if self.config.wandb:
-      self._wandb = _import('wandb', 'wandb').init(
-          project=self.config.wandb, config=self.config.to_dict(),
-          dir=str(self.workdir), id=self.workdir.name, resume='allow')
+      config, name = self.config, self.workdir.name
+      self._wandb = self._packages['wandb'].init(
+          project=config.wandb, name=config.wandb_name or name,
+          group=config.wandb_group, notes=config.wandb_notes,
+          config=config.to_dict(), dir=str(self.workdir), id=name,
+          resume='allow')
     if sys.stderr.isatty() or 'ipykernel' in sys.modules:
       from tqdm.auto import tqdm
       self._bar = tqdm(total=self.config.max_iters, initial=first,
@@ -71,8 +82,8 @@ class Logger:
         self._board.add_scalar(name, value, step)
     if self._wandb:
       self._wandb.log(values, step=step)
-    self.say(f'step {step:>6}  ' + '  '.join(
-        f'{name} {short(value)}' for name, value in values.items()))
+    self.say(fitted([f'step {step:>6}', *(
+        f'{name} {short(value)}' for name, value in values.items())]))
 
   def progress(self, step, loss, rate):
     """Moves the progress bar, where there is one."""
@@ -90,11 +101,18 @@ class Logger:
     else:
       print(text, flush=True)
 
+  def close_bar(self):
+    """Leaves the progress bar as it is: what is said next stays below it."""
+    if self._bar is not None:
+      self._bar.close()
+      self._bar = None
+
   def __enter__(self):
     return self
 
   def __exit__(self, *error):
-    for end in (self._file, self._board, self._bar):
+    self.close_bar()
+    for end in (self._file, self._board):
       if end is not None:
         end.close()
     if self._wandb:
@@ -108,20 +126,24 @@ class Meter:
     self.config, self.log, self.workdir = run.config, log, run.workdir
     self.tokens = run.config.batch_size * run.config.block_size
     self.flops = self.tokens * run.flops_per_token() / jax.device_count()
-    self.step, self.pending, self.losses = first, None, []
+    self.step, self.losses = first, []
+    self.pending = self.ended = None
     self.skipped, self.start = 0, time.perf_counter()
 
   def add(self, values):
     """Takes the metrics of the step just dispatched."""
     self.flush()
     self.step, self.pending = self.step + 1, values
+    # A program on a CPU may have run while it was dispatched.
+    ready = values['loss'].is_ready()
+    self.ended = time.perf_counter() if ready else None
 
   def flush(self):
     """Reads the metrics that are pending; Diverged if they are not finite."""
     if self.pending is None:
       return
     values = {n: x.item() for n, x in jax.device_get(self.pending).items()}
-    self.pending = None
+    self.pending, ended = None, self.ended or time.perf_counter()
     finite = math.isfinite(values['loss']) and math.isfinite(
         values['grad_norm'])
     if finite:
@@ -129,11 +151,11 @@ class Meter:
     elif self.config.nan_policy == 'stop':
       raise Diverged(self._advice(values))
     if self.step % self.config.log_interval == 0 and self.losses:
-      self._report(values)
+      self._report(values, ended)
 
-  def _report(self, values):
+  def _report(self, values, ended):
     steps = self.config.log_interval
-    rate = max(time.perf_counter() - self.start, 1e-9) / steps
+    rate = max(ended - self.start, 1e-9) / steps
     row = {'loss': sum(self.losses) / len(self.losses),
            'grad_norm': values['grad_norm'],
            'learning_rate': values['learning_rate'],
@@ -145,7 +167,7 @@ class Meter:
       row['skipped'] = values['skipped']
     self.log.write(self.step, row)
     self.log.progress(self.step, row['loss'], row['tokens_per_s'])
-    self.losses, self.start = [], time.perf_counter()
+    self.losses, self.start = [], ended
 
   @contextlib.contextmanager
   def pause(self):
@@ -219,7 +241,26 @@ def short(value):
   return f'{value:.4g}' if value < 1000 else f'{value:,.0f}'
 
 
+def columns():
+  """Of the terminal that is printed to, or None where it is none."""
+  return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fitted(parts):
+  """As many parts, from the first one on, as fit a line of the terminal."""
+  width = columns() or math.inf
+  lengths = itertools.accumulate(2 + len(part) for part in parts)
+  return '  '.join(part for part, end in zip(parts, lengths)
+                   if end - 2 <= width) or parts[0]
+
+
 def table(rows):
-  """Text of aligned (name, value) pairs."""
-  width = max(len(name) for name, _ in rows)
-  return '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows)
+  """Text of aligned (name, value) pairs; a long value has several lines."""
+  width, room = max(len(name) for name, _ in rows), columns()
+  wrap = textwrap.TextWrapper(
+      max(room - width - 4, 10) if room else sys.maxsize,
+      break_on_hyphens=False, break_long_words=False)
+  return '\n'.join(
+      f'  {first:<{width}}  {line}' for name, value in rows
+      for first, line in itertools.zip_longest(
+          [name], wrap.wrap(value), fillvalue=''))

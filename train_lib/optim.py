@@ -21,6 +21,19 @@ def schedule(config):
   return optax.join_schedules([ramp, after], [warm])
 
 
+def notes(config):
+  """Lines on a schedule that does not do what its flags say."""
+  warm = config.warmup_iters
+  if config.max_iters <= warm:
+    return [f'max_iters ({config.max_iters}) is not above warmup_iters '
+            f'({warm}): the learning rate does not get to its peak']
+  if config.lr_schedule != 'constant' and (
+      config.lr_decay_iters or config.max_iters) <= warm:
+    return [f'lr_decay_iters ({config.lr_decay_iters}) is not above '
+            f'warmup_iters ({warm}): the learning rate falls at once']
+  return []
+
+
 def build(config, model):
   """The optax transformation of a config.
 

@@ -1,11 +1,13 @@
 """The header before a run, and the table and the sample after it."""
 
+import contextlib
+
 import jax
 import numpy as np
 
 import attention
 from model import sample
-from train_lib import bigram, changes, metrics, sharding, tokenizer
+from train_lib import bigram, changes, metrics, optim, sharding, tokenizer
 
 SAMPLE_TOKENS = 500
 
@@ -44,7 +46,7 @@ def header(run, first, choices, meta=None):
         split)))
   if first:
     rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
-  rows += notes(dataset.notes)
+  rows += notes([*dataset.notes, *optim.notes(config)])
   changed = changes.lines(meta['config'], config, first) if meta else []
   return '\n'.join([metrics.table(rows), *changed])
 
@@ -97,33 +99,47 @@ def finish(run, state, *, evaluator, log):
     rows.append(('validation loss', f'{final["val_loss_full"]:.4f} nats a '
                  f'token, over all {final["val_tokens"]:,} tokens'))
     if 'bits_per_byte' in final:
-      rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte'))
-  entropy = bigram.entropy(run.dataset.train)
-  rows.append(('bigram', f'{bigram.loss(run.dataset):.4f}, of a table of '
-               f'pairs; the entropy of the corpus is {entropy:.4f}'))
+      lost = final.get('lost_characters')
+      rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte' + (
+          f', without those of {lost:,} characters that the tokenizer loses'
+          if lost else '')))
   losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
   if losses:
-    rows.append(('best evaluation', f'{min(losses):.4f}'))
+    windows = config.eval_iters * evaluator.batch_size
+    rows.append(('best evaluation', f'{min(losses):.4f} nats a token, over '
+                 f'{windows * config.block_size:,} tokens in {windows:,} fixed '
+                 'windows'))
+  if len(run.dataset.val) > 1:
+    rows.append(('bigram', f'{bigram.loss(run.dataset):.4f}: what a table of '
+                 'pairs, counted on the training split, gives on the '
+                 'validation split'))
+  entropy = bigram.entropy(run.dataset.train)
+  rows.append(('', f'{entropy:.4f}: the entropy of the pairs of the training '
+               'split'))
   speed = [r['tokens_per_s'] for r in log.history if 'tokens_per_s' in r]
   if speed:
     rows.append(('speed', f'{np.median(speed):,.0f} tokens/s'))
   rows.append(('run', str(run.workdir)))
+  log.close_bar()
   log.say('\n' + metrics.table(rows))
   if jax.process_count() == 1:
-    log.say('\nsample:\n' + _sample(run, state))
+    log.say('\n' + _sample(run, state))
 
 
 def _sample(run, state):
+  """A title and a text that continues the prompt, if it can be encoded."""
   config, vocabulary = run.config, run.dataset.tokenizer
   params = jax.device_put(state.params, jax.devices()[0])
-  try:
+  title, ids = 'sample:', []
+  with contextlib.suppress(ValueError):
     ids = vocabulary.encode(config.prompt)
-  except ValueError:  # The default prompt need not be in every vocabulary.
-    ids = []
-  ids = ids if len(ids) else run.dataset.val[:1]
+  if not len(ids):
+    title = (f'sample, from the first token of the text: {config.tokenizer} '
+             f'has no tokens for --prompt={config.prompt!r}')
+    ids = run.dataset.train[:1]
   drawn = sample.generate(
       run.model.merge(params), [ids], key=jax.random.key(config.seed),
       max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-  return vocabulary.decode(ids) + ''.join(tokenizer.stream(
+  return f'{title}\n{vocabulary.decode(ids)}' + ''.join(tokenizer.stream(
       vocabulary, (i for chunk in drawn for i in chunk[0]), after=ids))

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import attention
 from attention.kernels import dispatch
 from configs import default
-from train_lib import changes, checkpoints, corpus, data, optim, sharding
+from train_lib import (
+    changes,
+    checkpoints,
+    corpus,
+    data,
+    optim,
+    plan,
+    sharding,
+)
 from train_lib.state import AbstractModel, TrainState
 
 # Where a run is and what is done with it: not part of what it computes.
@@ -109,6 +117,7 @@ def open_run(config, workdir=None, *, tokenizer=None):
   if config.attention_list:
     config.attention_list = tuple(map(str, attention.listed(config)))
   mesh = sharding.make_mesh(config)
+  plan.check_sizes(config, mesh)
   workdir = make_workdir(workdir or config.workdir, config)
   dataset = corpus.load(
       config.dataset, tokenizer=tokenizer or config.tokenizer,
@@ -127,6 +136,7 @@ def open_run(config, workdir=None, *, tokenizer=None):
   template = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       abstract, shardings)
+  plan.check_state(template, config)
   return Run(config, workdir, dataset, mesh, model, optimizer, template)
 
 

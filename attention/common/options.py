@@ -8,12 +8,15 @@ fields of its Options are exactly the flags it reads.
 import dataclasses
 import difflib
 import functools
+import math
 
+INT_MAX = 2 ** 31 - 1
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
 
 def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
-           at_least=None, above=None, at_most=None, below=None):
+           empty=False, once=False, at_least=None, above=None, at_most=None,
+           below=None):
   """A flag: a dataclass field whose default and help text are the flag's.
 
   Args:
@@ -25,13 +28,16 @@ def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
     needs: flags, of which one must be set, in some layer that honours this
       one, for it to have an effect.
     choices: the values that it takes; none: any of its type.
-    at_least, above, at_most, below: bounds of a number.
+    empty: of a text, that it may be empty.
+    once: given twice it is an error; of other flags the last value counts.
+    at_least, above, at_most, below: bounds of a number, which is always finite
+      and, if an integer, one of 32 bits: sizes and steps are.
   """
   bounds = {'at least': at_least, 'more than': above, 'at most': at_most,
             'less than': below}
   return dataclasses.field(default=default, metadata={
       'help': help, 'bare': bare, 'runtime': runtime, 'needs': needs,
-      'choices': choices,
+      'choices': choices, 'empty': empty, 'once': once,
       'bounds': {k: v for k, v in bounds.items() if v is not None}})
 
 
@@ -62,19 +68,21 @@ def check(field, value):
       raise ValueError(f'{field.name}={value!r} is not {takes(field)}')
     wanted = [f'{word} {bound}' for word, bound in
               field.metadata['bounds'].items()]
-    # Comparisons with nan are false, so that it is never in range.
-    if value != value or not all(
-        _HOLDS[word](value, bound)
-        for word, bound in field.metadata['bounds'].items()):
-      raise ValueError(f'{field.name} ({value}) must be '
-                       + (' and '.join(wanted) or 'a number')
-                       + (', or none' if optional else ''))
-  elif not isinstance(value, kind):
+    if not abs(value) < math.inf or kind is int and abs(value) > INT_MAX:
+      wanted.append(f'at most {INT_MAX}' if kind is int else 'a finite number')
+    elif all(_HOLDS[word](value, bound)
+             for word, bound in field.metadata['bounds'].items()):
+      return
+    raise ValueError(f'{field.name} ({value}) must be ' + ' and '.join(wanted)
+                     + (', or none' if optional else ''))
+  if not isinstance(value, kind):
     raise ValueError(f'{field.name}={value!r} is not {takes(field)}')
   choices = field.metadata['choices']
   if choices is not None and value not in choices:
     raise ValueError(f'unknown {field.name} {value!r}{nearest(value, choices)}'
                      f' known: {", ".join(choices)}')
+  if value == '' and not field.metadata['empty']:
+    raise ValueError(f'{field.name} is empty: {field.metadata["help"]}')
 
 
 def convert(field, text):

@@ -17,6 +17,7 @@ from attention.common.options import (
     split_list,
 )
 
+MOST = 10_000  # As n_layer.
 _ENTRY = re.compile(r'(?:(\d+)\*)?(\w+)(?:\((.*)\))?', re.DOTALL)
 
 
@@ -93,9 +94,9 @@ def parse(entry, get):
       check(fields[flag], own[flag])
     except ValueError as error:
       raise ValueError(f'attention_list: {entry}: {error}') from None
-  if count == '0':
-    raise ValueError(f'attention_list: {entry} is no layer: repeat it at least '
-                     'once')
+  if not 1 <= int(count or 1) <= MOST:
+    raise ValueError(f'attention_list: {entry}: repeat it at least once, and '
+                     f'at most {MOST} times')
   return (LayerSpec(name, tuple(sorted(own.items()))),) * int(count or 1)
 
 

@@ -53,7 +53,7 @@ def test_resumes_on_another_mesh(config, spread, tmp_path):
   config.update(max_iters=6, dropout=0.0, mesh_data=8)
   run = run_lib.open_run(config, workdir)
   with checkpoints.Checkpoints(workdir, read_only=True) as store:
-    state, step = run_lib.restore(run, store)
+    state, step, _ = run_lib.restore(run, store)
   assert step == 3 and marks(before, 3) == {
       name: checkpoints.marks(arrays)
       for name, arrays in checkpoints.flatten(state).items()}

@@ -74,3 +74,9 @@ def test_the_library_leaves_the_process_alone():
                 for node in ast.walk(ast.parse(path.read_text()))
                 if isinstance(node, ast.Call)}
       assert 'keep_memory' not in called, path
+
+
+def test_other_systems_have_no_such_library(monkeypatch):
+  monkeypatch.setattr(cpu.sys, 'platform', 'win32')
+  monkeypatch.setattr(cpu.ctypes, 'CDLL', None)  # Of None it is a TypeError.
+  cpu.keep_memory()

@@ -56,3 +56,20 @@ def test_what_a_launcher_says(monkeypatch):
   monkeypatch.setenv('JAX_PROCESS_ID', '3')
   distributed.join('auto')
   assert joined == [(), ('host:1234', 4, 3)]
+
+
+@pytest.mark.parametrize('given', [
+    {'JAX_COORDINATOR_ADDRESS': 'host:1'},
+    {'JAX_COORDINATOR_ADDRESS': 'host:1', 'JAX_NUM_PROCESSES': '2'},
+    {'JAX_COORDINATOR_ADDRESS': 'host:1', 'JAX_NUM_PROCESSES': 'two',
+     'JAX_PROCESS_ID': '0'}], ids=len)
+def test_half_of_what_a_launcher_says_is_one_line(monkeypatch, given):
+  for name in distributed.BY_HAND:
+    monkeypatch.delenv(name, raising=False)
+  for name, value in given.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(
+      distributed.jax.distributed, 'initialize', lambda *_: pytest.fail())
+  with pytest.raises(ValueError, match='JAX_NUM_PROCESSES|invalid') as error:
+    distributed.join('auto')
+  assert '\n' not in str(error.value)

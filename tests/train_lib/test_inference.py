@@ -22,6 +22,12 @@ def test_samples(config, trained, capsys):
   assert len(inference.sample_run(config, trained.workdir)) == 2
 
 
+def test_more_samples_than_fit(config, trained):
+  config.num_samples = 2 ** 31 - 1
+  with pytest.raises(ValueError, match='states need .* num_samples=2147483647'):
+    inference.sample_run(config, trained.workdir)
+
+
 def test_a_folder_without_a_run_is_refused(config, tmp_path):
   with pytest.raises(ValueError, match='no checkpoints'):
     inference.sample_run(config, tmp_path / 'nowhere')

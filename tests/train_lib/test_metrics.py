@@ -1,6 +1,8 @@
 """What a run tells while it goes on."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -23,6 +25,45 @@ def test_rows_after_the_resumed_step_are_dropped(config, tmp_path, capsys):
   assert 'loss 1.5' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('dispatched', [0, 8], ids=['waiting', 'at-once'])
+def test_a_step_takes_what_it_takes(config, monkeypatch, dispatched):
+  """8 ms, wherever the host waits for it, and with pauses of 100 ms."""
+  clock, rows = [0.0], []
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: clock[0])
+
+  def spend(ms):
+    clock[0] += ms / 1e3
+
+  class Value:
+
+    def __init__(self, number):
+      self.number = number
+
+    def is_ready(self):
+      return dispatched > 0
+
+    def item(self):
+      return self.number
+
+  def device_get(values):
+    spend(8 - dispatched)
+    return values
+  monkeypatch.setattr(metrics.jax, 'device_get', device_get)
+  meter = metrics.Meter(
+      types.SimpleNamespace(config=config, workdir='', flops_per_token=int),
+      types.SimpleNamespace(write=lambda step, row: rows.append(row),
+                            progress=lambda *_: None), 0)
+  for step in range(8):
+    spend(dispatched)
+    meter.add({name: Value(1.0) for name in (
+        'loss', 'grad_norm', 'learning_rate', 'skipped')})
+    if step % 3 == 2:
+      with meter.pause():
+        spend(100)
+  meter.flush()
+  assert [row['ms_per_step'] for row in rows] == pytest.approx([8] * 8)
+
+
 @pytest.mark.parametrize('value,text', [
     (1234567, '1,234,567'), (0.123456, '0.1235'), (12345.6, '12,346')])
 def test_numbers_are_short(value, text):
@@ -31,3 +72,41 @@ def test_numbers_are_short(value, text):
 
 def test_profile(trained):
   assert list(trained.workdir.rglob('*.xplane.pb'))
+
+
+def test_no_line_is_wider_than_the_terminal(monkeypatch):
+  rows = [('name', 'a value that is far too long for the width of a small '
+           'terminal, with runs/a-folder'), ('', 'short')]
+  assert metrics.table(rows).count('\n') == 1  # Not to a file.
+  for width in (30, 60, 200):
+    monkeypatch.setattr(metrics, 'columns', lambda width=width: width)
+    lines = metrics.table(rows).splitlines()
+    assert max(map(len, lines)) <= width
+    assert ' '.join(' '.join(lines).split()) == f'name {rows[0][1]} short'
+    line = metrics.fitted(['step 1', 'loss 3.1', 'grad_norm 1.2', 'x' * 20])
+    assert len(line) <= width and line.startswith('step 1  loss 3.1')
+  monkeypatch.setattr(metrics, 'columns', lambda: 1)
+  assert metrics.fitted(['step 1', 'loss 3.1']) == 'step 1'
+
+
+def test_a_package_that_is_missing_is_told_before_compiling(
+    config, tmp_path, monkeypatch):
+  for flag, package in (('wandb', 'wandb'), ('tensorboard', 'tensorboardX')):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f'--{flag} needs the package'):
+      config[flag] = 'project' if flag == 'wandb' else True
+      metrics.Logger(config, tmp_path)
+    config[flag] = None if flag == 'wandb' else False
+
+
+def test_wandb_is_told_what_the_run_is(config, tmp_path, monkeypatch):
+  asked = {}
+  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(
+      init=lambda **kwargs: asked.update(kwargs) or types.SimpleNamespace(
+          finish=lambda: None)))
+  config.update(wandb='lab', wandb_group='ssm', wandb_notes='a try')
+  with metrics.Logger(config, tmp_path / 'here') as log:
+    (tmp_path / 'here').mkdir()
+    log.begin(0)
+  assert {name: asked[name] for name in ('project', 'name', 'group', 'notes')
+          } == dict(project='lab', name='here', group='ssm', notes='a try')

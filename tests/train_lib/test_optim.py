@@ -14,7 +14,7 @@ OPTIMIZERS = ('adamw', 'lion', 'adafactor', 'muon', 'sgd')
 
 @pytest.fixture(scope='module')
 def model():
-  return AbstractModel(runs.small('', vocab_size=32, use_flash_lobo=True))
+  return AbstractModel(runs.small('pydoc', vocab_size=32, use_flash_lobo=True))
 
 
 @pytest.fixture(scope='module')
@@ -38,6 +38,21 @@ def test_warm_up_then_decay(config):
     assert rate(60) == pytest.approx(middle)
     end = 1.0 if name == 'constant' else 0.1
     assert rate(110) == pytest.approx(end) == pytest.approx(rate(500))
+
+
+@pytest.mark.parametrize('flags, told', [
+    (dict(max_iters=100, warmup_iters=99), None),
+    (dict(max_iters=100, warmup_iters=100), 'max_iters (100) is not above'),
+    (dict(max_iters=60, warmup_iters=100), 'does not get to its peak'),
+    (dict(max_iters=100, warmup_iters=50, lr_decay_iters=50), 'falls at once'),
+    (dict(max_iters=100, warmup_iters=50, lr_decay_iters=50,
+          lr_schedule='constant'), None)], ids=str)
+def test_a_schedule_that_does_not_do_what_it_says(config, flags, told):
+  config.update(lr_decay_iters=None)
+  config.update(flags)
+  notes = optim.notes(config)
+  assert len(notes) == (told is not None)
+  assert all(told in note for note in notes)
 
 
 def test_without_warm_up(config):
