@@ -192,7 +192,7 @@ LARGEST = {
     Scan: lambda row: row.B * round_up(row.T, 128) * round_up(row.E, 128)
     * max(1, row.M // 16),
     Chunked: lambda row: row.B * max(
-        row.T * row.N * width(row), 2 * row.K * width(row)**2)}
+        round_up(row.T, 128) * row.N * width(row), 2 * row.K * width(row)**2)}
 
 
 def width(row):

@@ -70,9 +70,10 @@ def test_matches_definition(row, implementation, results):
     return
   rounded = ops.defined(row, operands)
   assert_rounded(got, ops.exact(row), rounded)
-  # The state is kept in float32, whatever comes in.
-  assert_agree(got, {name: rounded[name] for name in row.state
-                     if name in rounded})
+  if (type(row), implementation) not in implementations.DTYPES:
+    # What takes float32 keeps its state in it, whatever comes in.
+    assert_agree(got, {name: rounded[name] for name in row.state
+                       if name in rounded})
 
 
 @pytest.mark.parametrize('row, implementation', promises(

@@ -63,14 +63,16 @@ CALLS = {
 }
 
 
-def gradient(function):
+@functools.cache
+def gradient(call):
   """Forward and backward of a call, in all of its arguments."""
+  function, arguments, _ = CALLS[call]
+
   def loss(*arguments):
     return sum(x.astype(f32).sum()
                for x in jax.tree.leaves(function(*arguments)))
 
-  return lambda *arguments: jax.grad(
-      loss, argnums=tuple(range(len(arguments))))(*arguments)
+  return jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments)))))
 
 
 def compiler_params(jaxpr):
@@ -87,9 +89,8 @@ def compiler_params(jaxpr):
 @pytest.mark.parametrize('call', CALLS)
 def test_names_its_lowering_semantics(call):
   """The default is not the same in every version of jax."""
-  function, arguments, number = CALLS[call]
-  found = compiler_params(
-      jax.make_jaxpr(gradient(function))(*arguments).jaxpr)
+  _, arguments, number = CALLS[call]
+  found = compiler_params(gradient(call).trace(*arguments).jaxpr.jaxpr)
   assert len(found) == number
   assert {x.lowering_semantics for x in found} == {
       plgpu.LoweringSemantics.Lane}
@@ -98,9 +99,9 @@ def test_names_its_lowering_semantics(call):
 @pytest.mark.parametrize('call', CALLS)
 def test_lowers_for_cuda(call):
   """On every version of jax, with no plugin."""
-  function, arguments, number = CALLS[call]
+  _, arguments, number = CALLS[call]
   module = export.export(
-      jax.jit(gradient(function)), platforms=['cuda'],
+      gradient(call), platforms=['cuda'],
       disabled_checks=[
           export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')])(*arguments)
   assert module.mlir_module().count('custom_call @mosaic_gpu') == number
