@@ -129,7 +129,7 @@ def parse(argv, *, others=(), config=None):
     name = token.lstrip('-').partition('=')[0]
     if name not in others and name.removeprefix('no') not in others:
       raise FlagError(f'unknown flag --{name}' + options.nearest(name, fields))
-  run = pathlib.Path(texts.get('workdir') or '', 'config.json')
+  run = pathlib.Path(texts.get('workdir') or '', 'config.json').expanduser()
   if texts.get('mode', 'train') != 'train' and not path and run.is_file():
     path = run  # What reads a run takes the run's config.
   if path:
