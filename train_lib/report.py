@@ -1,5 +1,7 @@
 """The header before a run, and the table and the sample after it."""
 
+import math
+
 import jax
 import numpy as np
 
@@ -90,10 +92,12 @@ def finish(run, state, *, evaluator, log):
                  f'token, over all {final["val_tokens"]:,} tokens'))
     if 'bits_per_byte' in final:
       rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte'))
-  entropy = bigram.entropy(run.dataset.train)
-  rows.append(('bigram', f'{bigram.loss(run.dataset):.4f}, of a table of '
-               f'pairs; the entropy of the corpus is {entropy:.4f}'))
-  losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
+  if len(run.dataset.val) > 1:
+    entropy = bigram.entropy(run.dataset.train)
+    rows.append(('bigram', f'{bigram.loss(run.dataset):.4f}, of a table of '
+                 f'pairs; the entropy of the corpus is {entropy:.4f}'))
+  losses = [r['val_loss'] for r in log.history
+            if math.isfinite(r.get('val_loss', math.nan))]
   if losses:
     rows.append(('best evaluation', f'{min(losses):.4f}'))
   speed = [r['tokens_per_s'] for r in log.history if 'tokens_per_s' in r]
@@ -112,7 +116,7 @@ def _sample(run, state):
     ids = vocabulary.encode(config.prompt)
   except ValueError:  # The default prompt need not be in every vocabulary.
     ids = []
-  ids = ids if len(ids) else run.dataset.val[:1]
+  ids = ids if len(ids) else run.dataset.train[:1]
   drawn = sample.generate(
       run.model.merge(params), [ids], key=jax.random.key(config.seed),
       max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS),
