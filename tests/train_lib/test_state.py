@@ -29,5 +29,5 @@ def test_init_then_merge_is_the_model(model):
 
 def test_names_are_paths(model):
   assert 'embed/tokens' in model.shapes
-  assert model.variables['embed/tokens'].axes is not None
+  assert model.variables['embed/tokens'].letters
   assert set(model.variables) == set(model.shapes)
