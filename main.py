@@ -42,6 +42,7 @@ def main(config):
 if __name__ == '__main__':
   cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
+  sys.unraisablehook = lambda _: None  # Pages, of Orbax's threads that fail.
   code = 0
   try:
     app.run(main, flags_parser=parse)

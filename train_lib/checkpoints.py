@@ -103,8 +103,7 @@ class Checkpoints:
     self._chief = jax.process_index() == 0 and not read_only
     if self._chief:
       self.folder.mkdir(parents=True, exist_ok=True)
-      for path in self.folder.glob(f'*{UNFINISHED}'):  # Of a kill.
-        shutil.rmtree(path)
+      self._remove_unfinished()  # Of a kill.
     self._metas, self._reasons, self._saving = {}, {}, None
     for step in self._numbered():
       try:
@@ -311,11 +310,17 @@ class Checkpoints:
       yield
     except Exception as error:
       step, self._saving = self._saving[0], None
+      if self._chief:  # The disk may be full of it.
+        self._remove_unfinished()
       reason = disk.system_error(error) or _first_line(error)
       last = f'the last good one is {max(self._metas)}' if self._metas else (
           'there is none before')
       raise OSError(f'checkpoint {step} cannot be written in {self.folder} '
                     f'({reason}); {last}') from error
+
+  def _remove_unfinished(self):
+    for path in self.folder.glob(f'*{UNFINISHED}'):
+      shutil.rmtree(path, ignore_errors=True)
 
   def _sync_unfinished(self):
     """Called by Orbax when all is written, before the folder gets its name."""

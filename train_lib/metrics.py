@@ -143,7 +143,8 @@ class Logger:
   def __exit__(self, *error):
     for end in (self._file, self._board, self._bar):
       if end is not None:
-        end.close()
+        with contextlib.suppress(OSError):  # Of a row that has failed.
+          end.close()
     if self._wandb:
       self._wandb.finish()
 
