@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -168,8 +167,8 @@ class Checkpoints:
 
     Returns:
       (step, the items restored, meta), or None where there is no checkpoint.
-      A damaged checkpoint is passed over, and the log says so. Once an older
-      one is restored it is moved to `damaged/`, so that its step can be saved
+      A damaged checkpoint is passed over, and a line on stderr says so. Once
+      an older one is restored it is moved to `damaged/`, so that its step can be saved
       again; until then nothing is moved.
 
     Raises:
@@ -186,8 +185,9 @@ class Checkpoints:
         damaged[step] = reason
         continue
       for other, reason in damaged.items():
-        logging.error('checkpoint %d is damaged (%s); going on from %d',
-                      other, reason, step)
+        if jax.process_index() == 0:
+          print(f'checkpoint {other} is damaged ({reason}): going on from '
+                f'{step}', file=sys.stderr, flush=True)
         if self._chief:
           self._set_aside(other, 'damaged')
         self._metas.pop(other, None)

@@ -277,13 +277,13 @@ def test_a_failed_save_is_one_line_and_loses_nothing(tmp_path):
 
 
 @pytest.mark.usefixtures('one_device')
-def test_a_damaged_one_is_trained_again(config, workdir, caplog):
+def test_a_damaged_one_is_trained_again(config, workdir, capsys):
   whole = marks(workdir, 30)
   damaged = workdir / 'checkpoints/30/params/ocdbt.process_0/d'
   largest = max(damaged.iterdir(), key=lambda path: path.stat().st_size)
   FAULTS['flipped'](largest, largest.read_bytes())
   trainer.train(config, workdir)
-  assert 'checkpoint 30 is damaged' in caplog.text
+  assert 'checkpoint 30 is damaged' in capsys.readouterr().err
   assert marks(workdir, 30) == whole
   assert len(list((workdir / 'damaged').iterdir())) == 1
 
