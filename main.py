@@ -46,15 +46,13 @@ if __name__ == '__main__':
   cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   sys.unraisablehook = lambda _: None  # Pages, of Orbax's threads that fail.
-  code = 0
   try:
     app.run(main, flags_parser=parse)
   except KeyboardInterrupt as stop:
-    print(stop or 'stopped by a signal', flush=True)
-    code = STOPPED
+    print(str(stop) or 'stopped by a signal', flush=True)
+    sys.exit(STOPPED)
   except SystemExit as end:
-    code = end.code
-  if isinstance(code, str):
-    print(code, file=sys.stderr, flush=True)
+    if not isinstance(end.code, str):
+      raise
+    print(end.code, file=sys.stderr, flush=True)
     os._exit(1)  # At once: threads may wait for a disk or another process.
-  sys.exit(code)

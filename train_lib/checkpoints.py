@@ -170,8 +170,8 @@ class Checkpoints:
     Returns:
       (step, the items restored, meta), or None where there is no checkpoint.
       A damaged checkpoint is passed over, and a line on stderr says so. Once
-      an older one is restored it is moved to `damaged/`, so that its step can be saved
-      again; until then nothing is moved.
+      an older one is restored it is moved to `damaged/`, so that its step can
+      be saved again; until then nothing is moved.
 
     Raises:
       ValueError: there are checkpoints, and none is good; or they are not of
@@ -186,9 +186,9 @@ class Checkpoints:
       except Damaged as reason:
         damaged[step] = reason
         continue
-      for other, reason in damaged.items():
+      for other, why in damaged.items():
         if jax.process_index() == 0:
-          print(f'checkpoint {other} is damaged ({reason}): going on from '
+          print(f'checkpoint {other} is damaged ({why}): going on from '
                 f'{step}', file=sys.stderr, flush=True)
         if self._chief:
           self._set_aside(other, 'damaged')

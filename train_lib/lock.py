@@ -11,11 +11,6 @@ import jax
 
 from train_lib import disk
 
-try:
-  import fcntl
-except ImportError:  # Windows has none.
-  fcntl = None
-
 # Seconds in which two processes that take over the same stale file have both
 # written their names.
 SETTLE = 0.5
@@ -74,9 +69,7 @@ class Lock:
 
   def _take(self):
     try:
-      if fcntl is None:
-        raise OSError('no flock here')
-      fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _flock(self._descriptor)
     except BlockingIOError:
       raise self._taken(self._path) from None
     except OSError:
@@ -121,6 +114,15 @@ class Lock:
       if self._held.read_text() == self._name:
         self._held.unlink()
     self._close()
+
+
+def _flock(descriptor):
+  """Takes the system's lock on a file; OSError where there are none."""
+  try:
+    import fcntl
+  except ImportError as error:  # Windows.
+    raise OSError(str(error)) from None
+  fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _read(path):

@@ -40,35 +40,32 @@ class Ended:
 def start(workdir, *flags, steps=WHOLE):
   """A process of main.py in a workdir."""
   cache = pathlib.Path(tempfile.gettempdir()) / 'attention-lab-faults-cache'
-  # A file for its output: nobody reads a pipe while a fault waits for a step.
-  streams = [tempfile.TemporaryFile('w+') for _ in range(2)]
-  process = subprocess.Popen(
-      [sys.executable, 'main.py', *FLAGS, f'--max_iters={steps}',
-       f'--workdir={workdir}', *flags], cwd=ROOT, stdout=streams[0],
-      stderr=streams[1], env={
-          **os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1',
-          'XLA_FLAGS': '--xla_backend_optimization_level=0',
-          'JAX_COMPILATION_CACHE_DIR': str(cache),
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-          'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'})
-  process.streams = streams
+  # Files for its output: nobody reads a pipe while a fault waits for a step.
+  told = pathlib.Path(tempfile.mkdtemp(prefix='faults-told-'))
+  with open(told / 'out', 'w') as out, open(told / 'err', 'w') as err:
+    process = subprocess.Popen(
+        [sys.executable, 'main.py', *FLAGS, f'--max_iters={steps}',
+         f'--workdir={workdir}', *flags], cwd=ROOT, stdout=out, stderr=err,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1',
+             'XLA_FLAGS': '--xla_backend_optimization_level=0',
+             'JAX_COMPILATION_CACHE_DIR': str(cache),
+             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+             'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'})
+  process.told = told
   return process
 
 
 def end(process):
   """Waits for a process, and says how it ended."""
   code = process.wait(timeout=LONGEST)
-  texts = []
-  for stream in process.streams:
-    stream.seek(0)
-    texts.append(stream.read())
-    stream.close()
+  texts = [(process.told / name).read_text() for name in ('out', 'err')]
+  shutil.rmtree(process.told)
   return Ended(code, *texts)
 
 
 def printed(process):
   """What a process has printed so far."""
-  return os.pread(process.streams[0].fileno(), 1 << 20, 0).decode()
+  return (process.told / 'out').read_text()
 
 
 def numbered(workdir):
