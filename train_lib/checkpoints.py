@@ -12,6 +12,7 @@ import gc
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib

@@ -94,7 +94,7 @@ def test_a_step_takes_what_it_takes(config, monkeypatch, dispatched):
   monkeypatch.setattr(metrics.jax, 'device_get', device_get)
   meter = metrics.Meter(
       types.SimpleNamespace(config=config, workdir='', flops_per_token=int),
-      types.SimpleNamespace(write=lambda step, row: rows.append(row),
+      types.SimpleNamespace(tokens=0, write=lambda step, row: rows.append(row),
                             progress=lambda *_: None), 0)
   for step in range(8):
     spend(dispatched)
