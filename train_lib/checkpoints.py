@@ -220,6 +220,12 @@ class Checkpoints:
       del self._metas[s]
     return max(self._metas, default=None)
 
+  def check(self):
+    """Raises OSError if the save that was started has failed; never waits."""
+    if self._saving is not None:
+      with self._written():
+        self._orbax.check_for_errors()
+
   def wait(self):
     """Returns when everything is on disk, and older ones are deleted.
 
@@ -230,10 +236,8 @@ class Checkpoints:
     kept = {*self.steps()[-KEPT_LATEST:], self.best()}
     for old in self._metas.keys() - kept:
       del self._metas[old]
-      if self._chief:  # A kill leaves no half of a checkpoint.
-        doomed = self.folder / f'{old}{UNFINISHED}'
-        (self.folder / str(old)).rename(doomed)
-        shutil.rmtree(doomed)
+      if self._chief:
+        self._delete(old)
 
   def _settle(self):
     """Returns when the save that was started is on disk."""
@@ -317,6 +321,13 @@ class Checkpoints:
           'there is none before')
       raise OSError(f'checkpoint {step} cannot be written in {self.folder} '
                     f'({reason}); {last}') from error
+
+  def _delete(self, step):
+    folder = self.folder / str(step)
+    doomed = folder.with_name(f'{step}{UNFINISHED}')
+    with contextlib.suppress(FileNotFoundError):  # Somebody was faster.
+      folder.rename(doomed)  # A kill leaves no half of a checkpoint.
+      shutil.rmtree(doomed, ignore_errors=True)
 
   def _remove_unfinished(self):
     for path in self.folder.glob(f'*{UNFINISHED}'):
