@@ -90,7 +90,7 @@ class Checkpoints:
 
   def __init__(self, workdir, *, read_only=False):
     import orbax.checkpoint as ocp
-    self._args, self._read_only = ocp.args, read_only
+    self._args = ocp.args
     # Orbax fails on a relative path, later and in a thread.
     self.workdir = pathlib.Path(os.path.abspath(workdir))
     self.folder = self.workdir / 'checkpoints'
@@ -106,7 +106,8 @@ class Checkpoints:
     self._metas, self._reasons, self._saving = {}, {}, None
     for step in self._numbered():
       try:
-        self._metas[step] = self._read_meta(step)
+        with self._readable(step):
+          self._metas[step] = self._read_meta(step)
       except Damaged as reason:
         self._reasons[step] = str(reason)
 
@@ -282,7 +283,8 @@ class Checkpoints:
       check(meta)
     for item, wanted in items.items():
       _same_shapes(meta['shapes'][item], shapes(wanted), folder)
-    found = self._read_arrays(step, items)
+    with self._readable(step):
+      found = self._read_arrays(step, items)
     for item in items:
       own = marks(found[item])
       for name, mark in meta['fingerprint'][item].items():
@@ -306,6 +308,16 @@ class Checkpoints:
       raise cause
     disk.read_all(folder)
     raise Damaged(reason)
+
+  @contextlib.contextmanager
+  def _readable(self, step):
+    """What the system says when it cannot read, with what it was about."""
+    try:
+      yield
+    except OSError as error:
+      raise OSError(
+          f'checkpoint {step} in {self.folder} cannot be read ({error}): '
+          'nothing was moved; start again when it can') from error
 
   @contextlib.contextmanager
   def _written(self):
