@@ -91,7 +91,7 @@ class Checkpoints:
 
   def __init__(self, workdir, *, read_only=False):
     import orbax.checkpoint as ocp
-    self._args, self._read_only = ocp.args, read_only
+    self._args = ocp.args
     talk = logging.getLogger('absl')  # Of Orbax, also in a notebook.
     talk.setLevel(max(talk.level, logging.ERROR))
     # Orbax fails on a relative path, later and in a thread.
@@ -109,7 +109,8 @@ class Checkpoints:
     self._metas, self._reasons, self._saving = {}, {}, None
     for step in self._numbered():
       try:
-        self._metas[step] = self._read_meta(step)
+        with self._readable(step):
+          self._metas[step] = self._read_meta(step)
       except Damaged as reason:
         self._reasons[step] = str(reason)
 
@@ -223,6 +224,12 @@ class Checkpoints:
       del self._metas[s]
     return max(self._metas, default=None)
 
+  def check(self):
+    """Raises OSError if the save that was started has failed; never waits."""
+    if self._saving is not None:
+      with self._written():
+        self._orbax.check_for_errors()
+
   def wait(self):
     """Returns when everything is on disk, and older ones are deleted.
 
@@ -233,10 +240,8 @@ class Checkpoints:
     kept = {*self.steps()[-KEPT_LATEST:], self.best()}
     for old in self._metas.keys() - kept:
       del self._metas[old]
-      if self._chief:  # A kill leaves no half of a checkpoint.
-        doomed = self.folder / f'{old}{UNFINISHED}'
-        (self.folder / str(old)).rename(doomed)
-        shutil.rmtree(doomed)
+      if self._chief:
+        self._delete(old)
 
   def _settle(self):
     """Returns when the save that was started is on disk."""
@@ -281,7 +286,8 @@ class Checkpoints:
       check(meta)
     for item, wanted in items.items():
       _same_shapes(meta['shapes'][item], shapes(wanted), folder)
-    found = self._read_arrays(step, items)
+    with self._readable(step):
+      found = self._read_arrays(step, items)
     for item in items:
       own = marks(found[item])
       for name, mark in meta['fingerprint'][item].items():
@@ -307,6 +313,16 @@ class Checkpoints:
     raise Damaged(reason)
 
   @contextlib.contextmanager
+  def _readable(self, step):
+    """What the system says when it cannot read, with what it was about."""
+    try:
+      yield
+    except OSError as error:
+      raise OSError(
+          f'checkpoint {step} in {self.folder} cannot be read ({error}): '
+          'nothing was moved; start again when it can') from error
+
+  @contextlib.contextmanager
   def _written(self):
     """Whatever a failed save makes Orbax raise becomes one OSError."""
     try:
@@ -320,6 +336,13 @@ class Checkpoints:
           'there is none before')
       raise OSError(f'checkpoint {step} cannot be written in {self.folder} '
                     f'({reason}); {last}') from error
+
+  def _delete(self, step):
+    folder = self.folder / str(step)
+    doomed = folder.with_name(f'{step}{UNFINISHED}')
+    with contextlib.suppress(FileNotFoundError):  # Somebody was faster.
+      folder.rename(doomed)  # A kill leaves no half of a checkpoint.
+      shutil.rmtree(doomed, ignore_errors=True)
 
   def _remove_unfinished(self):
     for path in self.folder.glob(f'*{UNFINISHED}'):

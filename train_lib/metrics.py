@@ -84,7 +84,9 @@ class Logger:
     if not self.chief:
       return
     path = self.workdir / 'metrics.jsonl'
-    foreign = _rewind(path, first)
+    later, foreign = _rewind(path, first)
+    if later:
+      self.say(f'{path}: {later} rows after step {first} will be written anew')
     if foreign:
       self.say(f'{path}: {foreign} rows were cut off or no metrics, and are '
                'left out')
@@ -289,18 +291,18 @@ def _rewind(path, step):
   The file is replaced, not cut: a kill leaves the one or the other.
 
   Returns:
-    How many more rows were dropped because they are no rows of metrics.
+    How many rows these were, and how many more were no rows of metrics.
   """
   if not path.exists():
-    return 0
+    return 0, 0
   content = path.read_bytes()
   rows = content.splitlines(keepends=True)
   steps = [_step_of(row) for row in rows]
-  kept = b''.join(row for row, at in zip(rows, steps)
-                  if at is not None and at <= step)
-  if kept != content:
-    disk.write_whole(path, kept)
-  return steps.count(None)
+  kept = [row for row, at in zip(rows, steps) if at is not None and at <= step]
+  if len(kept) < len(rows):
+    disk.write_whole(path, b''.join(kept))
+  foreign = steps.count(None)
+  return len(rows) - len(kept) - foreign, foreign
 
 
 def _step_of(row):

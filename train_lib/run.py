@@ -177,7 +177,7 @@ def make_workdir(workdir, config):
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.probe-{jax.process_index()}'
     probe.write_bytes(b'0' * 4096)
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # Another process may have been here.
   except OSError as error:
     raise ValueError(f'--workdir={folder} cannot be written to '
                      f'({error.strerror}): choose another folder') from None

@@ -148,6 +148,7 @@ def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
     profiler.before(index)
     state, values = step(state, run.batch(index))
     meter.add(values)  # The host reads the step before.
+    store.check()
     done, last = index + 1, index + 1 == config.max_iters
     val_loss = None
     if config.eval_interval and (due(done, config.eval_interval) or last):

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -274,6 +275,28 @@ def test_a_failed_save_is_one_line_and_loses_nothing(tmp_path):
       resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert '\n' not in str(error.value)
   assert restored(tmp_path) == 2
+
+
+def test_a_failed_save_is_noticed_before_the_next(tmp_path, monkeypatch):
+  def full(folder):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  monkeypatch.setattr(disk, 'sync_tree', full)
+  with (pytest.raises(OSError, match='there is none before'),
+        checkpoints.Checkpoints(tmp_path) as store):
+    store.save(1, state_of(1), meta={})
+    deadline = time.time() + 60
+    while time.time() < deadline:
+      store.check()
+  assert os.listdir(tmp_path / 'checkpoints') == []
+
+
+def test_an_old_one_that_somebody_deleted_is_not_missed(run):
+  with checkpoints.Checkpoints(run) as store:
+    shutil.rmtree(run / 'checkpoints/1')
+    store.save(3, state_of(3), meta={}, val_loss=1.0)
+    store.save(4, state_of(4), meta={}, val_loss=2.0)
+    store.wait()
+    assert store.steps() == [3, 4]
 
 
 @pytest.mark.usefixtures('one_device')

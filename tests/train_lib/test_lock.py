@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -62,6 +63,18 @@ def test_what_is_not_known_to_be_gone_is_there(
   with (pytest.raises(ValueError, match=f'{held}.*delete .*{locks}'),
         Lock(tmp_path)):
     pass
+
+
+@pytest.mark.parametrize('locks', ['file'], indirect=True)
+def test_of_two_that_take_over_the_last_has_it(locks, tmp_path, monkeypatch):
+  holder = {'pid': 2 ** 22 + 1, 'host': socket.gethostname(), 'since': 'today'}
+  (tmp_path / locks).write_text(json.dumps(holder))
+  faster = json.dumps({**holder, 'pid': 1})
+  monkeypatch.setattr(
+      lock_lib.time, 'sleep', lambda _: (tmp_path / locks).write_text(faster))
+  with pytest.raises(ValueError, match='by process 1 on'), Lock(tmp_path):
+    pass
+  assert (tmp_path / locks).read_text() == faster
 
 
 @pytest.mark.parametrize('fate', ['deleted', 'replaced'])

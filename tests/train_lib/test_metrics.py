@@ -30,7 +30,8 @@ def test_rows_after_the_resumed_step_are_dropped(config, tmp_path, capsys):
   assert first == {'step': 1, 'loss': 3.0}
   assert (second['step'], second['loss'], second['tokens']) == (3, 1.5, 64)
   assert 5 <= second['elapsed_s'] < 6
-  assert 'loss 1.5' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'loss 1.5' in said and '1 rows after step 2 will' in said
 
 
 @pytest.mark.parametrize('foreign', [
