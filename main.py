@@ -1,12 +1,16 @@
 """Trains, evaluates or samples a language model: python main.py --help."""
 
 import io
+import os
+import signal
 import sys
 
 from absl import app, logging
 from absl import flags as absl_flags
 
 from train_lib import cpu
+
+STOPPED = 75  # sysexits.h: a temporary failure, try the same command again.
 
 
 def parse(argv):
@@ -21,7 +25,7 @@ def parse(argv):
     sys.exit(f'error: {error}')
   absl_flags.FLAGS(argv[:1] + rest)
   if not absl_flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.ERROR)  # Orbax has a lot to tell.
+    logging.set_verbosity(logging.FATAL)  # Orbax has a lot to tell.
   return config
 
 
@@ -32,7 +36,7 @@ def main(config):
     distributed.join(config.distributed)
     {'train': trainer.train, 'eval': inference.evaluate_run,
      'sample': inference.sample_run}[config.mode](config)
-  except (ValueError, NotImplementedError, ImportError) as error:
+  except (OSError, ValueError, NotImplementedError, ImportError) as error:
     sys.exit(f'error: {error}')
 
 
@@ -40,4 +44,15 @@ if __name__ == '__main__':
   if isinstance(sys.stdout, io.TextIOWrapper):  # As stderr has it.
     sys.stdout.reconfigure(errors='backslashreplace')
   cpu.keep_memory()  # NumPy and JAX, not imported yet, start threads.
-  app.run(main, flags_parser=parse)
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  sys.unraisablehook = lambda _: None  # Pages, of Orbax's threads that fail.
+  try:
+    app.run(main, flags_parser=parse)
+  except KeyboardInterrupt as stop:
+    print(str(stop) or 'stopped by a signal', flush=True)
+    sys.exit(STOPPED)
+  except SystemExit as end:
+    if not isinstance(end.code, str):
+      raise
+    print(end.code, file=sys.stderr, flush=True)
+    os._exit(1)  # At once: threads may wait for a disk or another process.

@@ -110,6 +110,9 @@ class Training:
   nan_policy: str = option(
       'stop', 'at a loss that is not finite: stop, or skip the update',
       choices=('stop', 'skip'))
+  nan_patience: int = option(
+      20, 'with nan_policy=skip: steps in a row that are skipped before the '
+      'run stops', at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ def of_run(workdir):
            if path.parts[-3].isdigit()]
   for path in sorted(found, key=lambda path: int(path.parts[-3]))[::-1]:
     try:
-      values = dict(json.loads(path.read_text())['config'])
+      values = dict(json.loads(path.read_text())['meta']['config'])
     except (OSError, ValueError, TypeError, KeyError):
       continue  # An older one may be whole.
     return update(default.get_config(), values, source=str(path))

@@ -1,20 +1,34 @@
 """Checkpoints through Orbax: the latest two, the best one, all verified.
 
-Orbax notices neither a flipped bit nor a missing array. So every checkpoint
-carries a fingerprint of its arrays, and a restore that does not reproduce it
-walks back to the newest one that does.
+Orbax notices neither a flipped bit nor a missing array, and does not sync the
+JSON that it writes. So every checkpoint carries a fingerprint of its arrays
+and a hash of its JSON, is synced before it gets its name, and a restore that
+does not reproduce both walks back to the newest one that does.
 """
 
+import contextlib
 import dataclasses
+import gc
+import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import pathlib
+import shutil
+import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 
+from train_lib import disk
+
 KEPT_LATEST, KEPT_BEST = 2, 1
+
+# What Orbax appends to the name of a folder that it is still writing.
+UNFINISHED = '.orbax-checkpoint-tmp'
 
 
 def flatten(state):
@@ -58,8 +72,17 @@ def marks(arrays):
   return {name: int(mark) for name, mark in fingerprint(arrays).items()}
 
 
+def shapes(arrays):
+  """{name: 'float32[2, 3]'} of {name: array or jax.ShapeDtypeStruct}."""
+  return {name: f'{x.dtype}{list(x.shape)}' for name, x in arrays.items()}
+
+
+class Damaged(Exception):
+  """A checkpoint was read and is not what was saved; the message says why."""
+
+
 class Checkpoints:
-  """The checkpoints of a workdir.
+  """The checkpoints of a workdir, which one process at a time may write to.
 
   Args:
     workdir: the run's folder.
@@ -68,118 +91,307 @@ class Checkpoints:
 
   def __init__(self, workdir, *, read_only=False):
     import orbax.checkpoint as ocp
-    from orbax.checkpoint import checkpoint_managers as policies
-    self._ocp, self._read_only = ocp, read_only
+    self._args = ocp.args
     talk = logging.getLogger('absl')  # Of Orbax, also in a notebook.
     talk.setLevel(max(talk.level, logging.ERROR))
     # Orbax fails on a relative path, later and in a thread.
-    self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
-    by_loss = lambda metrics: -metrics['val_loss']
-    self.manager = ocp.CheckpointManager(
-        self.folder, options=ocp.CheckpointManagerOptions(
-            create=not read_only, read_only=read_only, best_fn=by_loss,
-            preservation_policy=policies.AnyPreservationPolicy([
-                policies.LatestN(KEPT_LATEST),
-                policies.BestN(get_metric_fn=by_loss, n=KEPT_BEST)])))
+    self.workdir = pathlib.Path(os.path.abspath(workdir))
+    self.folder = self.workdir / 'checkpoints'
+    self._orbax = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(), async_options=ocp.AsyncOptions(
+            # Made in a thread, they have others wait for minutes if they fail.
+            create_directories_asynchronously=False,
+            post_finalization_callback=self._sync_unfinished))
+    self._chief = jax.process_index() == 0 and not read_only
+    if self._chief:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._remove_unfinished()  # Of a kill.
+    self._metas, self._reasons, self._saving = {}, {}, None
+    for step in self._numbered():
+      try:
+        with self._readable(step):
+          self._metas[step] = self._read_meta(step)
+      except Damaged as reason:
+        self._reasons[step] = str(reason)
 
   def steps(self):
-    """Steps with a checkpoint, oldest first."""
-    return sorted(self.manager.all_steps())
+    """Steps with a checkpoint whose JSON is whole, oldest first."""
+    return sorted(self._metas)
 
-  def save(self, step, state, *, meta, val_loss):
-    """Starts to write a checkpoint; a step that has one is left alone.
+  def meta(self, step):
+    """The JSON that was saved with a step."""
+    return self._metas[step]
+
+  def best(self):
+    """The step of the lowest validation loss, or None."""
+    losses = {step: meta['val_loss'] for step, meta in self._metas.items()
+              if meta['val_loss'] is not None}
+    return min(losses, key=losses.get, default=None)
+
+  def save(self, step, state, *, meta, val_loss=None):
+    """Starts to write a checkpoint.
 
     Args:
       step: python int.
       state: the TrainState; it may be donated as soon as this returns.
       meta: JSON: config, tokenizer and what else a reader needs.
-      val_loss: what the best checkpoint is chosen by.
+      val_loss: of this very state, what the best checkpoint is chosen by;
+        None if it was not evaluated. One that is not finite counts as None.
+
+    Raises:
+      OSError: this one, or the one before, could not be written.
     """
-    if step in self.manager.all_steps():
+    self.wait()  # Till now the older ones might have been needed.
+    if step in self._metas:
       return
-    args, items = self._ocp.args, flatten(state)
-    found = {item: marks(arrays) for item, arrays in items.items()}
-    self.manager.save(
-        step, metrics={'val_loss': val_loss}, args=args.Composite(
-            meta=args.JsonSave({**meta, 'fingerprint': found}),
-            **{n: args.StandardSave(arrays) for n, arrays in items.items()}))
+    if self._chief:  # Whatever lies there is no checkpoint of this run.
+      self._set_aside(step, 'damaged')
+    items = flatten(state)
+    ranked = val_loss is not None and math.isfinite(val_loss)
+    meta = {**meta, 'step': step, 'val_loss': val_loss if ranked else None,
+            'shapes': {item: shapes(x) for item, x in items.items()},
+            'fingerprint': {item: marks(x) for item, x in items.items()}}
+    self._saving = step, meta
+    with self._written():
+      self._orbax.save(
+          self.folder / str(step), args=self._args.Composite(
+              meta=self._args.JsonSave({'sha256': _sha256(meta), 'meta': meta}),
+              **{item: self._args.StandardSave(x)
+                 for item, x in items.items()}))
 
-  def meta(self, step):
-    """The JSON that was saved with a step."""
-    args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
-    return self.manager.restore(step, args=args)['meta']
-
-  def restore(self, items, *, best=False):
+  def restore(self, items, *, best=False, check=None):
     """The newest good checkpoint.
 
     Args:
       items: {'params': ..., 'rest': ...} as of `flatten`, or one of them, of
         jax.ShapeDtypeStruct with shardings.
       best: take the one with the lowest validation loss first.
+      check: called with the JSON of a checkpoint before its arrays are read;
+        raises ValueError for one that is not of this run.
 
     Returns:
       (step, the items restored, meta), or None where there is no checkpoint.
-      A damaged checkpoint is passed over, and the log says so; it is moved
-      to `damaged/`, so that its step can be saved again.
+      A damaged checkpoint is passed over, and a line on stderr says so. Once
+      an older one is restored it is moved to `damaged/`, so that its step can
+      be saved again; until then nothing is moved.
 
     Raises:
-      ValueError: there are checkpoints, and none is good.
+      ValueError: there are checkpoints, and none is good; or they are not of
+        arrays like these.
+      OSError: the system cannot read them, good or not.
     """
-    first = self.manager.best_step() if best else None
-    steps = sorted(self.steps(), key=lambda step: (step == first, step))[::-1]
-    for step in steps:
+    first, damaged = self.best() if best else None, {}
+    for step in sorted(self._numbered(),
+                       key=lambda step: (step == first, step), reverse=True):
       try:
-        return step, *self._verified(step, items)
-      except Exception as error:  # Whatever Orbax makes of a damaged file.
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        logging.error('checkpoint %d is damaged (%s); trying an older one',
-                      step, reason)
-        self._set_aside(step)
-    if steps:
+        found = self._verified(step, items, check)
+      except Damaged as reason:
+        damaged[step] = reason
+        continue
+      for other, why in damaged.items():
+        if jax.process_index() == 0:
+          print(f'checkpoint {other} is damaged ({why}): going on from '
+                f'{step}', file=sys.stderr, flush=True)
+        if self._chief:
+          self._set_aside(other, 'damaged')
+        self._metas.pop(other, None)
+      return step, found, self._metas[step]
+    if damaged:
       raise ValueError(
-          f'none of the checkpoints in {self.folder} can be restored: start '
-          'anew in another --workdir')
+          f'none of the checkpoints in {self.folder} can be restored ('
+          + '; '.join(f'{step}: {why}' for step, why in damaged.items())
+          + '): nothing was moved; start anew in another --workdir')
+    aside = self.workdir / 'damaged'
+    if aside.is_dir() and any(aside.iterdir()):
+      raise ValueError(
+          f'{self.folder} is empty, but {aside} has checkpoints: move one back '
+          'that is good, or start anew in another --workdir')
     return None
 
-  def _verified(self, step, items):
-    args = self._ocp.args
-    found = self.manager.restore(step, args=args.Composite(
-        meta=args.JsonRestore(),
-        **{n: args.StandardRestore(wanted) for n, wanted in items.items()}))
-    meta = found['meta']
+  def withdraw(self, step):
+    """Moves the checkpoints from `step` on to `diverged/`.
+
+    Returns:
+      The newest step that is left, or None.
+    """
+    self._settle()
+    broken = [s for s in self._metas if s >= step]
+    if broken and self._chief:  # One is enough to look at.
+      shutil.rmtree(self.workdir / 'diverged', ignore_errors=True)
+    for s in broken:
+      if self._chief:
+        self._set_aside(s, 'diverged')
+      del self._metas[s]
+    return max(self._metas, default=None)
+
+  def check(self):
+    """Raises OSError if the save that was started has failed; never waits."""
+    if self._saving is not None:
+      with self._written():
+        self._orbax.check_for_errors()
+
+  def wait(self):
+    """Returns when everything is on disk, and older ones are deleted.
+
+    Raises:
+      OSError: writing failed.
+    """
+    self._settle()
+    kept = {*self.steps()[-KEPT_LATEST:], self.best()}
+    for old in self._metas.keys() - kept:
+      del self._metas[old]
+      if self._chief:
+        self._delete(old)
+
+  def _settle(self):
+    """Returns when the save that was started is on disk."""
+    if self._saving is None:
+      return
+    with self._written():
+      self._orbax.wait_until_finished()
+      if self._chief:
+        disk.sync(self.folder)
+    step, meta = self._saving
+    self._saving, self._metas[step] = None, meta
+
+  def _numbered(self):
+    """The steps that folders are named after."""
+    if not self.folder.is_dir():
+      return []
+    names = [path.name for path in self.folder.iterdir()]
+    return [int(name) for name in names
+            if name.isdecimal() and str(int(name)) == name]
+
+  def _read_meta(self, step):
+    try:
+      saved = json.loads((self.folder / str(step) / 'meta/metadata')
+                         .read_bytes())
+      meta = saved['meta']
+      whole = saved['sha256'] == _sha256(meta)
+    except disk.ABSENT as error:
+      raise Damaged(f'no {error.filename}') from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+      raise Damaged('its meta/metadata is not what was written') from None
+    if not whole:
+      raise Damaged('its meta/metadata has changed')
+    if meta['step'] != step:
+      raise Damaged(f'it is of step {meta["step"]}')
+    return meta
+
+  def _verified(self, step, items, check):
+    if step not in self._metas:
+      raise Damaged(self._reasons.get(step, 'it is not whole'))
+    meta, folder = self._metas[step], self.folder / str(step)
+    if check:
+      check(meta)
+    for item, wanted in items.items():
+      _same_shapes(meta['shapes'][item], shapes(wanted), folder)
+    with self._readable(step):
+      found = self._read_arrays(step, items)
     for item in items:
       own = marks(found[item])
       for name, mark in meta['fingerprint'][item].items():
         if own.get(name) != mark:
-          raise ValueError(f'the fingerprint of {name} does not match')
-    return {item: found[item] for item in items}, meta
+          raise Damaged(f'the fingerprint of {name} does not match')
+    return {item: found[item] for item in items}
 
-  def _set_aside(self, step):
-    if self._read_only:
-      return
+  def _read_arrays(self, step, items):
     folder = self.folder / str(step)
-    if jax.process_index() == 0 and folder.exists():
-      aside = self.folder.parent / 'damaged'
-      aside.mkdir(exist_ok=True)
-      n = len(list(aside.iterdir()))
-      folder.rename(aside / f'{step}-{n}')
-    self.manager.reload()
+    args = self._args.Composite(**{
+        n: self._args.StandardRestore(wanted) for n, wanted in items.items()})
+    with _no_traces():
+      try:
+        return self._orbax.restore(folder, args=args)
+      except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # Of this machine, not of what it read.
+      except Exception as error:  # Whatever Orbax makes of a damaged file.
+        reason, cause = _first_line(error), disk.system_error(error)
+      gc.collect()
+    if cause is not None and not isinstance(cause, disk.ABSENT):
+      raise cause
+    disk.read_all(folder)
+    raise Damaged(reason)
 
-  def wait(self):
-    """Returns when everything is on disk; raises if writing failed."""
-    self.manager.wait_until_finished()
+  @contextlib.contextmanager
+  def _readable(self, step):
+    """What the system says when it cannot read, with what it was about."""
+    try:
+      yield
+    except OSError as error:
+      raise OSError(
+          f'checkpoint {step} in {self.folder} cannot be read ({error}): '
+          'nothing was moved; start again when it can') from error
+
+  @contextlib.contextmanager
+  def _written(self):
+    """Whatever a failed save makes Orbax raise becomes one OSError."""
+    try:
+      yield
+    except Exception as error:
+      step, self._saving = self._saving[0], None
+      if self._chief:  # The disk may be full of it.
+        self._remove_unfinished()
+      reason = disk.system_error(error) or _first_line(error)
+      last = f'the last good one is {max(self._metas)}' if self._metas else (
+          'there is none before')
+      raise OSError(f'checkpoint {step} cannot be written in {self.folder} '
+                    f'({reason}); {last}') from error
+
+  def _delete(self, step):
+    folder = self.folder / str(step)
+    doomed = folder.with_name(f'{step}{UNFINISHED}')
+    with contextlib.suppress(FileNotFoundError):  # Somebody was faster.
+      folder.rename(doomed)  # A kill leaves no half of a checkpoint.
+      shutil.rmtree(doomed, ignore_errors=True)
+
+  def _remove_unfinished(self):
+    for path in self.folder.glob(f'*{UNFINISHED}'):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _sync_unfinished(self):
+    """Called by Orbax when all is written, before the folder gets its name."""
+    for path in self.folder.glob(f'*{UNFINISHED}'):
+      disk.sync_tree(path)
+
+  def _set_aside(self, step, where):
+    folder, aside = self.folder / str(step), self.workdir / where
+    if os.path.lexists(folder):
+      aside.mkdir(exist_ok=True)
+      names = (aside / f'{step}-{n}' for n in itertools.count())
+      folder.rename(next(n for n in names if not n.exists()))
 
   def __enter__(self):
     return self
 
   def __exit__(self, *error):
-    self.wait()
-    self.manager.close()
+    self._settle()
+    self._orbax.close()
 
 
-def write_json(path, value):
-  """Writes JSON whole or not at all."""
-  path = pathlib.Path(path)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  temporary.replace(path)
+def _sha256(meta):
+  return hashlib.sha256(
+      json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _same_shapes(saved, wanted, folder):
+  """ValueError if {name: 'float32[2, 3]'} are not those of a checkpoint."""
+  for name in sorted(saved.keys() | wanted.keys()):
+    before, now = saved.get(name, 'missing'), wanted.get(name, 'missing')
+    if before != now:
+      raise ValueError(f'{name} is {now}, but in {folder} it is {before}: use '
+                       'another --workdir, or the flags of the run')
+
+
+def _first_line(error):
+  return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def _no_traces():
+  """Reads that Orbax gives up print a page each when they are collected."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    with warnings.catch_warnings(action='ignore', category=RuntimeWarning):
+      yield
+  finally:
+    sys.unraisablehook = hook

@@ -1,5 +1,6 @@
 """Validation losses: a quick one on fixed windows, and the whole split."""
 
+import collections
 import math
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 
 from model.sharding import mesh_size
 from train_lib import cpu, data, loss, sharding
+
+QUEUED = 8  # batches on their way to the devices
 
 
 class Evaluator:
@@ -51,6 +54,11 @@ class Evaluator:
       result['lost_characters'] = dataset.lost
     return result
 
+  def loss(self, params, batch):
+    """Mean loss of a batch like those that it was compiled for."""
+    total, count = jax.device_get(self.sums(params, batch))
+    return float(total / max(count, 1))
+
   def _sums(self, params, batch):
     inputs, targets, ids = loss.targets_of(batch)
     module = self.model.merge(params)
@@ -60,12 +68,21 @@ class Evaluator:
     return total, count
 
   def _mean(self, params, batch_of, count):
-    """(mean loss, number of targets) over batches, read when all are queued."""
+    """(mean loss, number of targets) over batches.
+
+    So many are queued that devices never wait, and no more: a signal is
+    noticed between two of them.
+    """
     batch = lambda index: sharding.global_batch(
         lambda rows: batch_of(
             self.dataset, index=index, rows=rows, batch_size=self.batch_size,
             block_size=self.config.block_size),
         self.batch_size, self.mesh)
-    pending = [self.sums(params, batch(index)) for index in range(count)]
-    total, targets = np.asarray(jax.device_get(pending), np.float64).sum(0)
-    return float(total / max(targets, 1)), int(targets)
+    sums, queued = np.zeros(2), collections.deque()
+    for index in range(count):
+      queued.append(self.sums(params, batch(index)))
+      if len(queued) > QUEUED:
+        sums += jax.device_get(queued.popleft())
+    for pair in queued:
+      sums += jax.device_get(pair)
+    return float(sums[0] / max(sums[1], 1)), int(sums[1])

@@ -1,7 +1,5 @@
 """The modes that read a run: --mode=eval and --mode=sample."""
 
-import pathlib
-
 import jax
 from jax.sharding import SingleDeviceSharding
 
@@ -22,10 +20,10 @@ from train_lib.state import AbstractModel
 def _store(workdir, mode):
   if not workdir:
     raise ValueError(f'--mode={mode} needs --workdir: the folder of a run')
-  if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
+  if not (run_lib.folder_of(workdir) / 'checkpoints').is_dir():
     raise ValueError(f'--workdir={workdir} has no checkpoints: train there '
                      'first, or name another folder')
-  return checkpoints.Checkpoints(workdir, read_only=True)
+  return checkpoints.Checkpoints(run_lib.folder_of(workdir), read_only=True)
 
 
 @kernel_check.proven
@@ -40,10 +38,10 @@ def evaluate_run(config, workdir=None):
     A dict as of evaluate.Evaluator.full.
   """
   with _store(workdir or config.workdir, 'eval') as store:
-    run = run_lib.open_run(config, workdir, tokenizer=_tokenizer(store))
+    run = run_lib.open_run(
+        config, workdir, tokenizer=_tokenizer(store), read_only=True)
     _check_model(store, run.config, run.workdir)
-    step, items, _ = store.restore(
-        {'params': run.template.params}, best=True)
+    step, items, _ = _restore(store, run.template.params)
     result = evaluate.Evaluator(run).full(items['params'])
   print(metrics.table(
       [('step', f'{step:,}')]
@@ -64,11 +62,18 @@ def _check_model(store, config, workdir):
 
   A vocab_size that the config leaves open is filled in.
   """
-  if not store.steps():
-    raise ValueError(f'{workdir} has no finished checkpoint yet')
-  saved = store.meta(store.steps()[-1])['config']
-  config.vocab_size = config.vocab_size or saved['vocab_size']
-  run_lib.compatible(saved, config, workdir)
+  if store.steps():
+    saved = store.meta(store.steps()[-1])['config']
+    config.vocab_size = config.vocab_size or saved['vocab_size']
+    run_lib.compatible(saved, config, workdir)
+
+
+def _restore(store, params):
+  """(step, items, meta) of the best checkpoint with these parameters."""
+  found = store.restore({'params': params}, best=True)
+  if found is None:
+    raise ValueError(f'{store.workdir} has no finished checkpoint yet')
+  return found
 
 
 def load(workdir, config):
@@ -85,7 +90,7 @@ def load(workdir, config):
     device = SingleDeviceSharding(jax.devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
               for name, x in abstract.shapes.items()}
-    step, items, meta = store.restore({'params': wanted}, best=True)
+    step, items, meta = _restore(store, wanted)
   model = abstract.merge(items['params'])
   return model, tokenizer.from_json(meta['tokenizer']), step
 

@@ -9,8 +9,11 @@ import shutil
 import sys
 import textwrap
 import time
+import types
 
 import jax
+
+from train_lib import disk
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -30,16 +33,34 @@ def peak_flops():
 
 
 class Diverged(ValueError):
-  """The loss is not finite; the message says what to do."""
+  """The loss is not finite; the message says what to do.
+
+  Attributes:
+    broken: the state after this step is what gave that loss.
+  """
+
+  def __init__(self, message, broken):
+    super().__init__(message)
+    self.broken = broken
 
 
 class Logger:
-  """Shows metrics, and writes them to metrics.jsonl, TensorBoard and wandb."""
+  """Shows metrics, and writes them to metrics.jsonl, TensorBoard and wandb.
+
+  docs/running.md says what the columns are.
+
+  Attributes:
+    history: the rows of this process.
+    tokens: trained on since step 0.
+    failed: the OSError of a row that could not be written, or None. The run
+      is to be saved before anything is made of it.
+  """
 
   def __init__(self, config, workdir):
-    self.history = []
+    self.history, self.failed = [], None
     self.config, self.workdir = config, pathlib.Path(workdir)
     self.chief = jax.process_index() == 0
+    self.tokens, self._start = 0, time.perf_counter()
     self._file = self._board = self._wandb = self._bar = None
     if self.chief:  # Before anything is compiled: a package may be missing.
       self._packages = {
@@ -47,12 +68,28 @@ class Logger:
               ('tensorboard', 'tensorboardX'), ('wandb', 'wandb'))
           if config[flag]}
 
-  def begin(self, first):
-    """Opens the files at the step that the run starts from."""
+  def elapsed(self):
+    """Seconds of training since step 0, over all parts of the run."""
+    return time.perf_counter() - self._start
+
+  def begin(self, first, *, tokens=0, elapsed=0.0):
+    """Opens the files at the step that the run starts from.
+
+    Args:
+      first: the step.
+      tokens: trained on before it.
+      elapsed: seconds spent before it.
+    """
+    self.tokens, self._start = tokens, time.perf_counter() - elapsed
     if not self.chief:
       return
     path = self.workdir / 'metrics.jsonl'
-    _truncate(path, first)
+    later, foreign = _rewind(path, first)
+    if later:
+      self.say(f'{path}: {later} rows after step {first} will be written anew')
+    if foreign:
+      self.say(f'{path}: {foreign} rows were cut off or no metrics, and are '
+               'left out')
     self._file = path.open('a')
     if self.config.tensorboard:
       self._board = self._packages['tensorboard'].SummaryWriter(
@@ -71,10 +108,22 @@ class Logger:
 
   def write(self, step, values):
     """Records {name: number} of a step, and shows it."""
-    row = {'step': step, **values}
+    row = {'step': step, **values, 'tokens': self.tokens,
+           'elapsed_s': round(self.elapsed(), 3)}
     self.history.append(row)
     if not self.chief:
       return
+    try:
+      self._show(step, values, row)
+    except OSError as error:  # A full disk, or nobody reads the output.
+      self.failed = self.failed or OSError(
+          f'the metrics of step {step} cannot be written in {self.workdir} '
+          f'({error.strerror})')
+
+  def _show(self, step, values, row):
+    # JSON has no number that is not finite.
+    row = {name: value if math.isfinite(value) else None
+           for name, value in row.items()}
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     for name, value in values.items():
@@ -114,26 +163,47 @@ class Logger:
     self.close_bar()
     for end in (self._file, self._board):
       if end is not None:
-        end.close()
+        with contextlib.suppress(OSError):  # Of a row that has failed.
+          end.close()
     if self._wandb:
       self._wandb.finish()
 
 
-class Meter:
-  """Reads what the steps report, one step late, and logs it now and then."""
+# What Meter.sums is at step 0.
+NO_SUMS = types.MappingProxyType(
+    {'loss': 0.0, 'steps': 0, 'tokens': 0, 'elapsed': 0.0})
 
-  def __init__(self, run, log, first):
-    self.config, self.log, self.workdir = run.config, log, run.workdir
+
+class Meter:
+  """Reads what the steps report, one step late, and logs it now and then.
+
+  Args:
+    run: the Run.
+    log: the Logger.
+    first: the step that the run starts from.
+    sums: what `sums` was at that step, so that the row after a resume is a
+      mean over the same steps as that of a run that was never stopped.
+  """
+
+  def __init__(self, run, log, first, sums=NO_SUMS):
+    self.config, self.log = run.config, log
     self.tokens = run.config.batch_size * run.config.block_size
     self.flops = self.tokens * run.flops_per_token() / jax.device_count()
-    self.step, self.losses = first, []
+    self.step, self.skipping = first, 0
     self.pending = self.ended = None
-    self.skipped, self.start = 0, time.perf_counter()
+    self.loss, self.steps = sums['loss'], sums['steps']
+    self.start = time.perf_counter()
+
+  def sums(self):
+    """What a checkpoint keeps of the rows, as JSON."""
+    return {'loss': self.loss, 'steps': self.steps, 'tokens': self.log.tokens,
+            'elapsed': self.log.elapsed()}
 
   def add(self, values):
     """Takes the metrics of the step just dispatched."""
     self.flush()
     self.step, self.pending = self.step + 1, values
+    self.log.tokens += self.tokens
     # A program on a CPU may have run while it was dispatched.
     ready = values['loss'].is_ready()
     self.ended = time.perf_counter() if ready else None
@@ -144,30 +214,42 @@ class Meter:
       return
     values = {n: x.item() for n, x in jax.device_get(self.pending).items()}
     self.pending, ended = None, self.ended or time.perf_counter()
-    finite = math.isfinite(values['loss']) and math.isfinite(
-        values['grad_norm'])
-    if finite:
-      self.losses.append(values['loss'])
-    elif self.config.nan_policy == 'stop':
-      raise Diverged(self._advice(values))
-    if self.step % self.config.log_interval == 0 and self.losses:
+    if math.isfinite(values['loss']) and math.isfinite(values['grad_norm']):
+      self.loss, self.steps = self.loss + values['loss'], self.steps + 1
+      self.skipping = 0
+    else:
+      self.skipping += 1
+    if self.step % self.config.log_interval == 0:
       self._report(values, ended)
+    skipped = self.config.nan_patience * (self.config.nan_policy == 'skip')
+    if self.skipping and self.skipping >= skipped:
+      self.diverged(f'loss {values["loss"]}, gradient norm '
+                    f'{values["grad_norm"]}')
+
+  def diverged(self, what):
+    """Raises Diverged, for what was found with the state as it is."""
+    many = self.skipping > 1
+    raise Diverged(
+        f'step {self.step}: {what}' + f', {self.skipping} steps in a row' * many
+        + '; try a lower --learning_rate, longer --warmup_iters, --grad_clip=1'
+        + ' or --nan_policy=skip' * (self.config.nan_policy == 'stop'),
+        broken=self.step - self.skipping)
 
   def _report(self, values, ended):
     steps = self.config.log_interval
     rate = max(ended - self.start, 1e-9) / steps
-    row = {'loss': sum(self.losses) / len(self.losses),
+    row = {'loss': self.loss / self.steps if self.steps else math.nan,
            'grad_norm': values['grad_norm'],
            'learning_rate': values['learning_rate'],
            'ms_per_step': 1e3 * rate, 'tokens_per_s': self.tokens / rate}
     peak = peak_flops()
     if peak:
       row['mfu'] = self.flops / rate / peak
-    if values['skipped']:
+    if self.config.nan_policy == 'skip':
       row['skipped'] = values['skipped']
     self.log.write(self.step, row)
     self.log.progress(self.step, row['loss'], row['tokens_per_s'])
-    self.losses, self.start = [], ended
+    self.loss, self.steps, self.start = 0.0, 0, ended
 
   @contextlib.contextmanager
   def pause(self):
@@ -176,15 +258,6 @@ class Meter:
     before = time.perf_counter()
     yield
     self.start += time.perf_counter() - before
-
-  def _advice(self, values):
-    saved = sorted(int(p.name) for p in (self.workdir / 'checkpoints').iterdir()
-                   if p.name.isdigit())
-    where = f'step {saved[-1]}' if saved else 'none yet'
-    return (f'step {self.step}: loss {values["loss"]}, gradient norm '
-            f'{values["grad_norm"]}; last good checkpoint: {where}. Try a '
-            'lower --learning_rate, longer --warmup_iters, --grad_clip=1, or '
-            '--nan_policy=skip')
 
 
 class Profiler:
@@ -212,18 +285,33 @@ class Profiler:
     self.running = False
 
 
-def _truncate(path, step):
-  """Drops the rows after the step that a run resumes from."""
-  if path.exists():
-    rows = [r for r in path.read_text().splitlines() if _step_of(r) <= step]
-    path.write_text(''.join(row + '\n' for row in rows))
+def _rewind(path, step):
+  """Drops the rows after the step that a run resumes from.
+
+  The file is replaced, not cut: a kill leaves the one or the other.
+
+  Returns:
+    How many rows these were, and how many more were no rows of metrics.
+  """
+  if not path.exists():
+    return 0, 0
+  content = path.read_bytes()
+  rows = content.splitlines(keepends=True)
+  steps = [_step_of(row) for row in rows]
+  kept = [row for row, at in zip(rows, steps) if at is not None and at <= step]
+  if len(kept) < len(rows):
+    disk.write_whole(path, b''.join(kept))
+  foreign = steps.count(None)
+  return len(rows) - len(kept) - foreign, foreign
 
 
 def _step_of(row):
+  """The step of a row as written, with its end of line; else None."""
   try:
-    return json.loads(row)['step']
-  except (json.JSONDecodeError, KeyError):  # Cut off by a kill.
-    return float('inf')
+    step = json.loads(row)['step']
+    return step if isinstance(step, int) and row.endswith(b'\n') else None
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return None
 
 
 def _import(module, flag):

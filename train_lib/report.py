@@ -1,6 +1,7 @@
 """The header before a run, and the table and the sample after it."""
 
 import contextlib
+import math
 
 import jax
 import numpy as np
@@ -103,7 +104,8 @@ def finish(run, state, *, evaluator, log):
       rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte' + (
           f', without those of {lost:,} characters that the tokenizer loses'
           if lost else '')))
-  losses = [r['val_loss'] for r in log.history if 'val_loss' in r]
+  losses = [r['val_loss'] for r in log.history
+            if math.isfinite(r.get('val_loss', math.nan))]
   if losses:
     windows = config.eval_iters * evaluator.batch_size
     rows.append(('best evaluation', f'{min(losses):.4f} nats a token, over '

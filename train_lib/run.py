@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 import types
@@ -17,6 +18,7 @@ from train_lib import (
     checkpoints,
     corpus,
     data,
+    disk,
     optim,
     plan,
     sharding,
@@ -25,6 +27,9 @@ from train_lib.state import AbstractModel, TrainState
 
 # Where a run is and what is done with it: not part of what it computes.
 PLACE = ('workdir', 'mode')
+
+# Flags that, with those of the model, say what the state consists of.
+STATE = frozenset({'optimizer'})
 
 # Flags that say together which layers there are.
 LAYERS = {'attention_variant', 'attention_list'}
@@ -101,13 +106,14 @@ def check(config):
       raise ValueError(f'profile_steps {steps} must be two steps: FIRST LAST')
 
 
-def open_run(config, workdir=None, *, tokenizer=None):
+def open_run(config, workdir=None, *, tokenizer=None, read_only=False):
   """Loads the data, builds the mesh and the model's structure.
 
   Args:
     config: a config of configs.default.get_config, left unchanged.
     workdir: folder of the run; none: a new one under runs/.
     tokenizer: of the run, where it has one; none: that of the flags.
+    read_only: the folder is there and is left as it is.
 
   Raises:
     ValueError: one line on what does not fit.
@@ -118,11 +124,13 @@ def open_run(config, workdir=None, *, tokenizer=None):
     config.attention_list = tuple(map(str, attention.listed(config)))
   mesh = sharding.make_mesh(config)
   plan.check_sizes(config, mesh)
-  workdir = make_workdir(workdir or config.workdir, config)
+  workdir = workdir or config.workdir
+  workdir = folder_of(workdir) if read_only else make_workdir(workdir, config)
   dataset = corpus.load(
       config.dataset, tokenizer=tokenizer or config.tokenizer,
-      packing=config.packing,
-      val_fraction=config.val_fraction, bin_dtype=config.bin_dtype)
+      packing=config.packing, val_fraction=config.val_fraction,
+      bin_dtype=config.bin_dtype)
+  _check_splits(config, dataset, read_only=read_only)
   config.vocab_size = config.vocab_size or dataset.vocab_size
   if config.vocab_size < dataset.vocab_size:
     raise ValueError(
@@ -140,51 +148,101 @@ def open_run(config, workdir=None, *, tokenizer=None):
   return Run(config, workdir, dataset, mesh, model, optimizer, template)
 
 
+def _check_splits(config, dataset, *, read_only):
+  """ValueError for a split that is too short for what will be read of it."""
+  window = config.block_size + 1
+  full = 2 * (read_only or config.eval_final)
+  quick = window * (config.eval_interval > 0 and not read_only)
+  for split, tokens, needed in (
+      ('training', dataset.train, 0 if read_only else window),
+      ('validation', dataset.val, max(quick, full))):
+    if len(tokens) < needed:
+      raise ValueError(
+          f'the {split} split of {dataset.name} has {len(tokens)} tokens, '
+          f'fewer than {needed}, for --val_fraction={config.val_fraction} and '
+          f'--block_size={config.block_size}: change them or --dataset'
+          + ', or give --eval_interval=0 --noeval_final'
+          * (split == 'validation' and not read_only))
+
+
+def folder_of(workdir):
+  """The path of a --workdir, in which ~ is the home folder."""
+  return pathlib.Path(workdir).expanduser()
+
+
 def make_workdir(workdir, config):
   """The run's folder, made and found to be writable."""
-  if workdir is None:
-    if jax.process_count() > 1:
-      raise ValueError('several processes need a --workdir that all of them '
-                       'can reach')
-    kinds = '-'.join(dict.fromkeys(
-        layer.variant for layer in attention.layers(config)))
-    workdir = f'runs/{time.strftime("%Y-%m-%d_%H-%M-%S")}_{kinds}'
-  folder = pathlib.Path(workdir).expanduser()
+  folder = _new_workdir(config) if workdir is None else folder_of(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.probe-{jax.process_index()}'
     probe.write_bytes(b'0' * 4096)
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # Another process may have been here.
   except OSError as error:
-    raise ValueError(f'--workdir={workdir} cannot be written to '
+    raise ValueError(f'--workdir={folder} cannot be written to '
                      f'({error.strerror}): choose another folder') from None
   return folder
 
 
+def _new_workdir(config):
+  """A folder under runs/ that no other run has."""
+  if jax.process_count() > 1:
+    raise ValueError('several processes need a --workdir that all of them '
+                     'can reach')
+  kinds = '-'.join(dict.fromkeys(
+      layer.variant for layer in attention.layers(config)))
+  name = f'{time.strftime("%Y-%m-%d_%H-%M-%S")}_{kinds}'
+  for n in itertools.count(1):  # Another run may start in the same second.
+    folder = pathlib.Path('runs', name + (f'_{n}' if n > 1 else ''))
+    try:
+      folder.mkdir(parents=True)
+      return folder
+    except FileExistsError:
+      continue
+    except OSError:
+      return folder  # What is wrong is told when it is made again.
+
+
 def restore(run, store):
-  """(state, step, meta) to go on from: the newest good checkpoint, or fresh.
+  """What to go on from: the newest good checkpoint, or a fresh start.
+
+  Returns:
+    (state, step, meta); meta is what the checkpoint says, None for a fresh
+    start.
 
   Raises:
-    ValueError: the checkpoint is of another model or other data.
+    ValueError: the checkpoint is of another model, optimiser or other data, or
+      none of several is good.
+    OSError: the system cannot read it.
   """
-  if store.steps():
-    newest = store.meta(store.steps()[-1])
-    compatible(newest['config'], run.config, run.workdir)
-  found = store.restore(checkpoints.flatten(run.template))
+  found = store.restore(
+      checkpoints.flatten(run.template), check=functools.partial(_check, run))
   if found is None:
     return run.init_state(), 0, None
   step, items, meta = found
+  return checkpoints.unflatten(run.template, items), step, meta
+
+
+def _check(run, meta):
+  """Raises ValueError if a checkpoint is of another run than this one."""
+  compatible(meta['config'], run.config, run.workdir, flags=STATE)
   if meta['tokenizer'] != run.dataset.tokenizer.to_json():
     raise ValueError(
         f'the tokenizer that {run.config.tokenizer} gives on '
         f'{run.config.dataset} is not the one that {run.workdir} was trained '
         'with: use another --workdir')
   changes.check_data(meta, run)
-  return checkpoints.unflatten(run.template, items), step, meta
 
 
-def compatible(saved, config, workdir):
-  """Raises ValueError if a flag that makes the model is not as it was saved."""
+def compatible(saved, config, workdir, *, flags=frozenset()):
+  """Raises ValueError if a flag that makes the model is not as it was saved.
+
+  Args:
+    saved: the config of a checkpoint, as JSON.
+    config: the config to use it with.
+    workdir: where it is, for the message.
+    flags: more flags that must be the same.
+  """
   fields, of_model = default.fields(), default.model_flags()
   if not config.use_abs_pos_embeddings:
     of_model -= {'block_size'}  # Without learned positions any will do.
@@ -196,15 +254,15 @@ def compatible(saved, config, workdir):
     layers = attention.layers(types.SimpleNamespace(**values))
     values['layers'] = attention.shortest(
         layer.without(runtime) for layer in layers)
-  for flag in (*sorted(of_model - LAYERS), 'layers'):
+  for flag in (*sorted(of_model - LAYERS | flags), 'layers'):
     if before[flag] != now[flag]:
       raise ValueError(
-          f'{flag} is {now[flag]}, but the model in {workdir} has '
+          f'{flag} is {now[flag]}, but the run in {workdir} has '
           f'{flag}={before[flag]}: use another --workdir, or the old value')
 
 
 def write_config(run):
   """Leaves config.json in the workdir, to be passed back as --config."""
   if jax.process_index() == 0:
-    checkpoints.write_json(
+    disk.write_json(
         run.workdir / 'config.json', saved_config(run.config))

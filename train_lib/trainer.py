@@ -1,6 +1,7 @@
 """The training loop."""
 
 import dataclasses
+import math
 import time
 
 import jax
@@ -18,9 +19,10 @@ from train_lib import (
     optim,
     report,
 )
+from train_lib import lock as lock_lib
 from train_lib import run as run_lib
 from train_lib.evaluate import Evaluator
-from train_lib.preemption import Preemption
+from train_lib.preemption import Preemption, Stopped
 from train_lib.state import TrainState
 
 
@@ -96,13 +98,15 @@ def train(config, workdir=None):
   Raises:
     ValueError: one line on what does not fit, before anything is computed.
     metrics.Diverged: the loss became infinite or no number.
+    preemption.Stopped: a signal came; the run is saved.
+    OSError: something could not be read or written.
   """
   run = run_lib.open_run(config, workdir)
   evaluator = Evaluator(run)
-  with (checkpoints.Checkpoints(run.workdir) as store,
+  with (lock_lib.Lock(run.workdir) as lock,
+        checkpoints.Checkpoints(run.workdir) as store,
         metrics.Logger(run.config, run.workdir) as log,
-        metrics.Profiler(run.config, run.workdir) as profiler,
-        Preemption() as preemption):
+        metrics.Profiler(run.config, run.workdir) as profiler):
     state, first, meta = run_lib.restore(run, store)
     run_lib.write_config(run)
     with dispatch.record() as choices:
@@ -111,42 +115,86 @@ def train(config, workdir=None):
     started = time.perf_counter()
     step = step.compile()
     log.say(report.compiled(step, time.perf_counter() - started))
-    log.begin(first)
-    state = _loop(
-        run, step, state, first, evaluator=evaluator, store=store, log=log,
-        profiler=profiler, preemption=preemption)
-    store.wait()
+    sums = meta['meter'] if meta else metrics.NO_SUMS
+    log.begin(first, tokens=sums['tokens'], elapsed=sums['elapsed'])
+    meter = metrics.Meter(run, log, first, sums)
+    with Preemption() as preemption:
+      try:
+        state = _loop(
+            run, step, state, first, evaluator=evaluator, store=store,
+            lock=lock, log=log, meter=meter, profiler=profiler,
+            preemption=preemption)
+        store.wait()
+      except metrics.Diverged as error:
+        raise _without_broken(error, store) from None
+    lock.check()
+    if log.failed:
+      raise log.failed
     if preemption.asked:
-      log.say(f'stopped; the same command with --workdir={run.workdir} goes '
-              'on from the last checkpoint')
-    else:
-      report.finish(run, state, evaluator=evaluator, log=log)
+      raise Stopped(_stopped(run, store))
+    report.finish(run, state, evaluator=evaluator, log=log)
+    if log.failed:
+      raise log.failed
   return log.history
 
 
-def _loop(run, step, state, first, *, evaluator, store, log, profiler,
-          preemption):
+def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
+          profiler, preemption):
   """Runs steps [first, max_iters): dispatched, never waited for."""
-  config, meter = run.config, metrics.Meter(run, log, first)
-  val_loss = float('inf')
+  config = run.config
   save_every = config.checkpoint_interval
   save_every = config.eval_interval if save_every is None else save_every
   for index in range(first, config.max_iters):
     profiler.before(index)
     state, values = step(state, run.batch(index))
     meter.add(values)  # The host reads the step before.
+    store.check()
     done, last = index + 1, index + 1 == config.max_iters
-    if due(done, config.eval_interval) or last:
+    val_loss = None
+    if config.eval_interval and (due(done, config.eval_interval) or last):
       with meter.pause():
         val_loss = evaluator.quick(state.params)
         log.write(done, {'val_loss': val_loss})
-    stop = preemption.requested(store, done)
+    if last:
+      _try_last(run, state, val_loss, evaluator=evaluator, meter=meter)
+    if log.failed:
+      preemption.ask()
+    stop = preemption.requested(done)
     if stop or last or due(done, save_every):
       with meter.pause():  # A loss that is not finite ends here, unsaved.
-        store.save(done, state, meta=run.meta(), val_loss=val_loss)
+        if not meter.skipping:
+          lock.check()
+          store.save(done, state, val_loss=val_loss,
+                     meta={**run.meta(), 'meter': meter.sums()})
     if stop:
       break
   return state
+
+
+def _try_last(run, state, val_loss, *, evaluator, meter):
+  """Diverged unless the last update, that no step follows, gives a loss."""
+  with meter.pause():
+    if val_loss is None:
+      val_loss = evaluator.loss(state.params, run.batch(run.config.max_iters))
+    if meter.skipping:
+      meter.diverged('it was skipped')
+    if not math.isfinite(val_loss):
+      meter.diverged(f'the loss after it is {val_loss}')
+
+
+def _without_broken(error, store):
+  """The Diverged that says what is left, without the update that broke it."""
+  newest = store.withdraw(error.broken)
+  left = 'no checkpoint is left: the next start begins anew' if (
+      newest is None) else f'the newest checkpoint is now that of step {newest}'
+  return metrics.Diverged(f'{error}. {left.capitalize()}', error.broken)
+
+
+def _stopped(run, store):
+  saved = store.steps()
+  where = f'goes on from step {saved[-1]}' if saved else 'begins anew'
+  return (f'stopped by a signal; the same command with --workdir='
+          f'{run.workdir} {where}')
 
 
 def due(step, interval):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from train_lib import data, loss
+from train_lib import data, evaluate, loss
 from train_lib import run as run_lib
 from train_lib.evaluate import Evaluator
 
@@ -47,6 +47,7 @@ def test_quick_and_full_are_means_over_their_targets(config, tmp_path):
 
 
 @pytest.mark.usefixtures('one_device')
+<<<<<<< HEAD
 def test_accumulation_changes_no_loss(config, tmp_path):
   """The rows of an evaluation are a flag of their own."""
   def evaluators():
@@ -66,3 +67,23 @@ def test_evaluation_rows_fit_the_mesh(config, tmp_path):
   config.update(mesh_data=8, eval_batch_size=12)
   with pytest.raises(ValueError, match=r'eval_batch_size \(12\) must be a mul'):
     run_lib.open_run(config, tmp_path / 'run')
+=======
+def test_few_batches_are_on_their_way_at_once(config, tmp_path, monkeypatch):
+  """A signal waits for them; and each holds its tokens in memory."""
+  run = run_lib.open_run(config, tmp_path / 'run')
+  evaluator, queued, most = Evaluator(run), [], []
+  monkeypatch.setattr(evaluate, 'QUEUED', 2)
+
+  def sums(params, batch):
+    queued.append(None)
+    most.append(len(queued))
+    return np.float32(6), np.int32(2)
+
+  def device_get(pair):
+    queued.pop()
+    return pair
+  monkeypatch.setattr(evaluator, 'sums', sums)
+  monkeypatch.setattr(evaluate.jax, 'device_get', device_get)
+  assert evaluator.full(None)['val_loss_full'] == 3
+  assert len(most) > 3 and max(most) == 3 and not queued
+>>>>>>> trustA

@@ -53,6 +53,6 @@ def test_other_layers_are_refused(hybrid, tmp_path, entries):
   hybrid.vocab_size = saved['vocab_size']
   run_lib.compatible(saved, hybrid, tmp_path)
   hybrid.attention_list = entries
-  with pytest.raises(ValueError, match='layers is .*, but the model in .* has '
+  with pytest.raises(ValueError, match='layers is .*, but the run in .* has '
                      r'layers=2\*causal\(n_head=1, window_size=4\) ssm'):
     run_lib.compatible(saved, hybrid, tmp_path)

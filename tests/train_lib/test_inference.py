@@ -2,7 +2,8 @@
 
 import pytest
 
-from train_lib import inference
+from train_lib import checkpoints, inference
+from train_lib.lock import Lock
 
 
 @pytest.mark.usefixtures('one_device')
@@ -26,6 +27,28 @@ def test_more_samples_than_fit(config, trained):
   config.num_samples = 2 ** 31 - 1
   with pytest.raises(ValueError, match='states need .* num_samples=2147483647'):
     inference.sample_run(config, trained.workdir)
+
+
+@pytest.mark.usefixtures('one_device')
+@pytest.mark.parametrize('mode', ['evaluate_run', 'sample_run'])
+def test_a_run_is_read_wherever_it_is_and_left_alone(
+    config, trained, monkeypatch, mode):
+  monkeypatch.setenv('HOME', str(trained.workdir.parent))
+  seen = lambda: {path: path.stat().st_mtime_ns
+                  for path in [trained.workdir, *trained.workdir.rglob('*')]}
+  with Lock(trained.workdir):  # Somebody trains there.
+    before = seen()
+    getattr(inference, mode)(config, '~/' + trained.workdir.name)
+    assert seen() == before
+
+
+@pytest.mark.usefixtures('one_device')
+def test_evaluation_needs_two_tokens_before_it_loads_anything(
+    config, trained, monkeypatch):
+  config.val_fraction = 0.0
+  monkeypatch.setattr(checkpoints.Checkpoints, 'restore', None)
+  with pytest.raises(ValueError, match='validation split .* fewer than 2'):
+    inference.evaluate_run(config, trained.workdir)
 
 
 def test_a_folder_without_a_run_is_refused(config, tmp_path):

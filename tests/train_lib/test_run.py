@@ -26,11 +26,14 @@ BAD = [
     ('remat', 'some', 'unknown remat'),
     ('compute_dtype', 'float16', 'unknown compute_dtype'),
     ('profile_steps', ('1',), 'profile_steps'),
+    ('val_fraction', 0.0, 'validation split .* has 0 .*--noeval_final'),
+    ('val_fraction', 0.001, 'validation split .* fewer than 17'),
+    ('val_fraction', 0.999, 'training split .* fewer than 17'),
 ]
 pytestmark = pytest.mark.usefixtures('one_device')
 
 
-@pytest.mark.parametrize('flag,value,message', BAD, ids=[b[0] for b in BAD])
+@pytest.mark.parametrize('flag,value,message', BAD, ids=str)
 def test_bad_flags_get_one_line(config, tmp_path, flag, value, message):
   config[flag] = value
   with pytest.raises(ValueError, match=message) as error:
@@ -47,6 +50,21 @@ def test_another_model_is_refused(config, trained):
     trainer.train(config, trained.workdir)
 
 
+@pytest.mark.parametrize('optimizer', ['lion', 'sgd', 'adafactor', 'muon'])
+def test_another_optimiser_is_refused(config, trained, optimizer):
+  config.optimizer = optimizer
+  with pytest.raises(ValueError, match=f'optimizer is {optimizer}, .* has '
+                     'optimizer=adamw'):
+    trainer.train(config, trained.workdir)
+  assert not (trained.workdir / 'damaged').exists()
+
+
+def test_without_a_validation_split_nothing_is_evaluated(config, tmp_path):
+  config.update(val_fraction=0.0, eval_interval=0, max_iters=2)
+  history = trainer.train(config, tmp_path)
+  assert not any('val_loss' in row for row in history)
+
+
 def test_workdir_that_cannot_be_written(config, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='--workdir='):
@@ -59,6 +77,21 @@ def test_a_new_folder_is_named_after_the_layers(config, tmp_path, monkeypatch):
   folder = run_lib.make_workdir(None, config)
   assert folder.is_dir() and folder.parent.name == 'runs'
   assert folder.name.endswith('_causal-ssm')
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(
+    config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(run_lib.time, 'strftime', lambda _: 'now')
+  folders = [run_lib.make_workdir(None, config).name for _ in range(3)]
+  assert folders == ['now_causal', 'now_causal_2', 'now_causal_3']
+
+
+@pytest.mark.parametrize('read_only', [False, True])
+def test_the_home_folder_has_one_name(config, tmp_path, monkeypatch, read_only):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  run = run_lib.open_run(config, '~/run', read_only=read_only)
+  assert run.workdir == tmp_path / 'run'
 
 
 def test_the_config_is_left_in_the_folder(trained):
