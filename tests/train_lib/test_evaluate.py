@@ -47,7 +47,6 @@ def test_quick_and_full_are_means_over_their_targets(config, tmp_path):
 
 
 @pytest.mark.usefixtures('one_device')
-<<<<<<< HEAD
 def test_accumulation_changes_no_loss(config, tmp_path):
   """The rows of an evaluation are a flag of their own."""
   def evaluators():
@@ -67,7 +66,9 @@ def test_evaluation_rows_fit_the_mesh(config, tmp_path):
   config.update(mesh_data=8, eval_batch_size=12)
   with pytest.raises(ValueError, match=r'eval_batch_size \(12\) must be a mul'):
     run_lib.open_run(config, tmp_path / 'run')
-=======
+
+
+@pytest.mark.usefixtures('one_device')
 def test_few_batches_are_on_their_way_at_once(config, tmp_path, monkeypatch):
   """A signal waits for them; and each holds its tokens in memory."""
   run = run_lib.open_run(config, tmp_path / 'run')
@@ -86,4 +87,3 @@ def test_few_batches_are_on_their_way_at_once(config, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate.jax, 'device_get', device_get)
   assert evaluator.full(None)['val_loss_full'] == 3
   assert len(most) > 3 and max(most) == 3 and not queued
->>>>>>> trustA
