@@ -195,8 +195,8 @@ CHUNKED = (
             cut=dict(rows=128), slow='tpu'),
     Chunked(id='extreme decays', T=100, has='decay s0', decays=EXTREME_DECAYS,
             fast='xla', slow='tpu'),
-    Chunked(id='bfloat16', T=100, has='decay s0', dtype=jnp.bfloat16,
-            fast='xla', slow='tpu'),
+    Chunked(id='bfloat16', has='s0', dtype=jnp.bfloat16, fast='xla',
+            slow='tpu'),
     # S, dS and the weights are rounded too, where a product takes them.
     Chunked(id='bfloat16 plain', T=200, H=64, V=64, has='s0',
             dtype=jnp.bfloat16, slow='tpu'),
