@@ -49,7 +49,7 @@ if __name__ == '__main__':
   try:
     app.run(main, flags_parser=parse)
   except KeyboardInterrupt as stop:
-    print(str(stop) or 'stopped by a signal', flush=True)
+    print(str(stop) or 'stopped by a signal', file=sys.stderr, flush=True)
     sys.exit(STOPPED)
   except SystemExit as end:
     if not isinstance(end.code, str):

@@ -21,9 +21,8 @@ import sys
 import warnings
 
 import jax
-import jax.numpy as jnp
 
-from train_lib import disk
+from train_lib import disk, fingerprint
 
 KEPT_LATEST, KEPT_BEST = 2, 1
 
@@ -46,35 +45,6 @@ def unflatten(template, items):
   leaves = [items['rest'][name] for name in flatten(template)['rest']]
   rest = jax.tree.unflatten(jax.tree.structure(rest), leaves)
   return dataclasses.replace(rest, params=items['params'])
-
-
-@jax.jit
-def fingerprint(arrays):
-  """{name: uint32} that any change of a single element changes.
-
-  The sum, modulo 2^32, of a hash of every element's bits and place. Integers,
-  so that neither the order of summation nor the mesh matters; for each place
-  the hash (the finaliser of MurmurHash3) is one to one in the bits.
-  """
-  def of(x):
-    h = jax.lax.bitcast_convert_type(
-        x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-    h = h ^ (place * jnp.uint32(0x9E3779B9))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-      h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-  return {name: of(x) for name, x in arrays.items()}
-
-
-def marks(arrays):
-  """The fingerprint of {name: array} as JSON."""
-  return {name: int(mark) for name, mark in fingerprint(arrays).items()}
-
-
-def shapes(arrays):
-  """{name: 'float32[2, 3]'} of {name: array or jax.ShapeDtypeStruct}."""
-  return {name: f'{x.dtype}{list(x.shape)}' for name, x in arrays.items()}
 
 
 class Damaged(Exception):
@@ -149,8 +119,10 @@ class Checkpoints:
     items = flatten(state)
     ranked = val_loss is not None and math.isfinite(val_loss)
     meta = {**meta, 'step': step, 'val_loss': val_loss if ranked else None,
-            'shapes': {item: shapes(x) for item, x in items.items()},
-            'fingerprint': {item: marks(x) for item, x in items.items()}}
+            'shapes': {
+                item: fingerprint.shapes(x) for item, x in items.items()},
+            'fingerprint': {
+                item: fingerprint.marks(x) for item, x in items.items()}}
     self._saving = step, meta
     with self._written():
       self._orbax.save(
@@ -285,11 +257,11 @@ class Checkpoints:
     if check:
       check(meta)
     for item, wanted in items.items():
-      _same_shapes(meta['shapes'][item], shapes(wanted), folder)
+      _same_shapes(meta['shapes'][item], fingerprint.shapes(wanted), folder)
     with self._readable(step):
       found = self._read_arrays(step, items)
     for item in items:
-      own = marks(found[item])
+      own = fingerprint.marks(found[item])
       for name, mark in meta['fingerprint'][item].items():
         if own.get(name) != mark:
           raise Damaged(f'the fingerprint of {name} does not match')
