@@ -103,7 +103,7 @@ class Bench:
     for workdir, steps in ((self.half, HALF), (self.whole, WHOLE)):
       ended = end(start(workdir, steps=steps))
       if ended.code:
-        raise RuntimeError(ended.err or ended.out)
+        raise RuntimeError(f'exit code {ended.code}: {ended.err or ended.out}')
     self.marks, self.losses = marks(self.whole, WHOLE), losses(self.whole)
 
   def copy(self, name):
