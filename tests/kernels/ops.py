@@ -16,6 +16,7 @@ from attention.kernels import chunked, flash, scan
 from attention.kernels.chunked import reference as chunked_reference
 from attention.kernels.flash import reference as flash_reference
 from attention.kernels.scan import reference as scan_reference
+from tests.kernels.measure import TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,7 +40,7 @@ class Row:
   slow: str = ''
   has: str = ''
   dtype: type | None = None
-  tolerance: float = 2e-6
+  tolerance: float = TOLERANCE
   chip: str = ''
   races: bool = True
   cut: dict | None = dataclasses.field(default_factory=dict)
