@@ -34,7 +34,7 @@ def compile_step(config, tmp_path, monkeypatch):
     config.update(
         attention_list=kinds, n_layer=2 * len(kinds), n_embd=512, n_head=8,
         block_size=1536, batch_size=devices.size, compute_dtype='bfloat16',
-        dropout=0.0)
+        dropout=0.0, val_fraction=0.2)
     run = run_lib.open_run(config, tmp_path / 'run')
     batch = {'tokens': jax.ShapeDtypeStruct(
         (config.batch_size, config.block_size + 1), np.int32,
