@@ -63,7 +63,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     self._args = ocp.args
     talk = logging.getLogger('absl')  # Of Orbax, also in a notebook.
-    talk.setLevel(max(talk.level, logging.ERROR))
+    talk.setLevel(max(talk.getEffectiveLevel(), logging.ERROR))
     # Orbax fails on a relative path, later and in a thread.
     self.workdir = pathlib.Path(os.path.abspath(workdir))
     self.folder = self.workdir / 'checkpoints'
