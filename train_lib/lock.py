@@ -140,8 +140,6 @@ def _gone(holder):
     return False
   try:
     os.kill(holder['pid'], 0)
-  except ProcessLookupError:
-    return True
-  except OSError:
-    return False
+  except OSError as error:
+    return isinstance(error, ProcessLookupError)
   return False

@@ -73,9 +73,8 @@ def _attached():
   if platform == 'gpu':
     return Target(platform, str(jax.devices()[0].compute_capability))
   if platform == 'tpu':
-    from jax.experimental.pallas import (
-      tpu as pltpu,  # Nothing for a CPU to load.
-    )
+    # Nothing for a CPU to load.
+    from jax.experimental.pallas import tpu as pltpu
     return Target(platform, str(pltpu.get_tpu_info().chip_version))
   return Target(platform, '')
 
