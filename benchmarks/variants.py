@@ -13,6 +13,7 @@ other; compare them within one run of the script.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -102,16 +103,17 @@ def main():
   parser.add_argument('--seeds', type=int, default=3)
   flags = parser.parse_args()
   cpu.keep_memory()
-  rows = [row(kinds, flags) for kinds in flags.variants]
   dataset = corpus.load('pydoc')
   entropy = bigram.entropy(dataset.train)
-  print(f'\njax {jax.__version__}, {jax.devices()[0].device_kind}; '
+  print(f'jax {jax.__version__}, {jax.devices()[0].device_kind}; '
         f'{flags.seeds} seed(s); bigram entropy {entropy:.3f}, a table of '
         f'pairs gives {bigram.loss(dataset):.3f}\n')
   head = ['variant', 'parameters', 'validation loss', 'ms/step',
           'decoded tokens/s', *(f'state bytes, T = {n:,}' for n in LENGTHS)]
-  for cells in (head, ['---'] + ['--:'] * (len(head) - 1), *rows):
-    print('| ' + ' | '.join(cells) + ' |')
+  rows = (row(kinds, flags) for kinds in flags.variants)
+  for cells in itertools.chain((head, ['---'] + ['--:'] * (len(head) - 1)),
+                               rows):
+    print('| ' + ' | '.join(cells) + ' |', flush=True)
 
 
 if __name__ == '__main__':
