@@ -2,7 +2,8 @@
 
 import pytest
 
-from train_lib import checkpoints, inference
+from tests.train_lib import runs
+from train_lib import checkpoints, inference, tokenizer
 from train_lib.lock import Lock
 
 
@@ -21,6 +22,27 @@ def test_samples(config, trained, capsys):
   assert one[0] in capsys.readouterr().out
   config.num_samples = 2
   assert len(inference.sample_run(config, trained.workdir)) == 2
+
+
+def test_a_single_sample_reads_as_one_of_many(config, trained, monkeypatch):
+  """It is printed as it is drawn: the first token after the prompt, too."""
+  model, _, step = inference.load(trained.workdir, config)
+  monkeypatch.setattr(inference, 'load', lambda *_: (
+      model, tokenizer.Ids(model.vocab_size), step))
+  config.update(prompt='49 50', temperature=0.0)
+  one, = inference.sample_run(config, trained.workdir)
+  config.num_samples = 2
+  assert inference.sample_run(config, trained.workdir) == [one, one]
+  assert one.startswith('49 50 ')
+
+
+def test_what_a_terminal_cannot_write_is_escaped(config, trained):
+  config.update(mode='sample', prompt='\u2200x', tokenizer='byte')
+  process = runs.start_main(
+      config, trained.workdir, PYTHONIOENCODING='ascii')
+  said, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, said
+  assert '\\u2200x' in said
 
 
 def test_more_samples_than_fit(config, trained):
