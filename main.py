@@ -15,13 +15,13 @@ STOPPED = 75  # sysexits.h: a temporary failure, try the same command again.
 
 def parse(argv):
   """The config of a command line; what is left goes to absl."""
-  from configs import flags
+  from configs import flags, help
   try:
-    if {'-h', '--help'} & set(argv):
-      print(flags.describe())
+    if (topic := help.asked(argv[1:])) is not None:
+      print(help.text(topic))
       sys.exit(0)
     config, _, rest = flags.parse(argv[1:], others=absl_flags.FLAGS)
-  except flags.FlagError as error:
+  except ValueError as error:
     sys.exit(f'error: {error}')
   absl_flags.FLAGS(argv[:1] + rest)
   if not absl_flags.FLAGS['verbosity'].present:

@@ -43,7 +43,7 @@ from attention.common.options import nearest
 from attention.common.specs import period, shortest
 
 __all__ = ['build', 'check', 'flags', 'get', 'layers', 'listed', 'names',
-           'period', 'shortest']
+           'period', 'shortest', 'users']
 
 
 @functools.cache
@@ -64,6 +64,11 @@ def get(name):
 def flags(name):
   """{flag: dataclass field} that a variant honours."""
   return {f.name: f for f in dataclasses.fields(get(name).Options)}
+
+
+def users(flag):
+  """The variants that honour a flag."""
+  return tuple(name for name in names() if flag in flags(name))
 
 
 def listed(config):
@@ -112,11 +117,10 @@ def check(config):
     if effects[flag]:
       raise ValueError(
           _no_effect(flag, config[flag], field.metadata['needs']))
-    able = [name for name in names() if flag in flags(name)]
     raise ValueError(
         f'{flag}={config[flag]} has no effect: no layer honours it (variants '
         f'in use: {", ".join(sorted({x.variant for x in used}))}); drop the '
-        f'flag or use one of {", ".join(able)}')
+        f'flag or use one of {", ".join(users(flag))}')
 
 
 def _no_effect(flag, value, needs):

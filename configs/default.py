@@ -12,6 +12,8 @@ import attention
 from attention.common import options
 from attention.common.options import option, types
 
+ATTENTION = 'Attention'  # The title of the variants' flags.
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -195,24 +197,21 @@ class Sampling:
 
 
 def groups():
-  """{title: {flag: field}} of every flag, in the order of --help."""
+  """{title: {flag: field}} of every flag; those of attention come last."""
   tables = {
       t.__doc__: {f.name: f for f in dataclasses.fields(t)}
       for t in (Run, Layers, Model, Data, Training, Optimizer, Evaluation,
                 Logging, MeshShape, Sampling)}
   taken = {flag for table in tables.values() for flag in table}
-  honoured = {}
+  honoured = tables[ATTENTION] = {}
   for name in attention.names():
     for flag, field in attention.flags(name).items():
       if flag in taken:
         raise ValueError(f'{flag} of {name} is taken: prefix it with {name}_')
-      before, users = honoured.setdefault(flag, (field, []))
-      if (before.default, before.type) != (field.default, field.type):
-        raise ValueError(f'{flag} has two defaults: {users[0]}, {name}')
-      users.append(name)
-  for flag, (field, users) in honoured.items():
-    title = 'Attention: ' + ', '.join(users)
-    tables.setdefault(title, {})[flag] = field
+      first = honoured.setdefault(flag, field)
+      if (first.default, first.type) != (field.default, field.type):
+        raise ValueError(f'{flag} has two defaults: {name} has another one '
+                         f'than {attention.users(flag)[0]}')
   return tables
 
 

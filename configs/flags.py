@@ -175,15 +175,3 @@ def parse(argv, *, others=(), config=None):
   except ValueError as error:
     raise FlagError(str(error)) from None
   return config, set(values), rest
-
-
-def describe():
-  """The text of --help: every flag in its group, with its default."""
-  lines = ['python main.py [--config=FILE.py or RUN/config.json] [--flag=...]']
-  for title, table in default.groups().items():
-    lines += ['', title]
-    for name, field in table.items():
-      value = field.default
-      value = 'none' if value is None else repr(value)
-      lines += [f'  --{name}  ({value})', f'      {options.text(field)}']
-  return '\n'.join(lines + ['', '--helpfull adds the flags of absl.'])

@@ -18,14 +18,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 def attention_flags():
   """Flags of attention with defaults, help and variants, as Markdown."""
   rows = ['| flag | default | meaning | variants |', '|---|---|---|---|']
-  for title, table in default.groups().items():
-    if not title.startswith('Attention'):
-      continue
-    variants = title.split(': ')[1]
-    for name, field in table.items():
-      value = 'none' if field.default is None else field.default
-      rows.append(f'| `{name}` | {value} | {_cell(options.text(field))} | '
-                  f'{variants} |')
+  for name, field in default.groups()[default.ATTENTION].items():
+    value = 'none' if field.default is None else field.default
+    rows.append(f'| `{name}` | {value} | {_cell(options.text(field))} | '
+                f'{", ".join(attention.users(name))} |')
   return '\n'.join(rows)
 
 
@@ -33,7 +29,7 @@ def all_flags():
   """Every other flag, group by group."""
   parts = []
   for title, table in default.groups().items():
-    if title.startswith('Attention'):
+    if title == default.ATTENTION:
       continue
     rows = [f'**{title}**', '', '| flag | default | meaning |', '|---|---|---|']
     for name, field in table.items():

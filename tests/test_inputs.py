@@ -164,11 +164,3 @@ def test_floats_of_64_bits(files, tmp_path, monkeypatch):
     assert 'JAX_ENABLE_X64' in told(argv, monkeypatch)
   finally:
     jax.config.update('jax_enable_x64', False)
-
-
-@pytest.mark.parametrize('flag', ['-h', '--help'])
-def test_help(flag, capsys):
-  with pytest.raises(SystemExit) as end:
-    main.parse(['main.py', flag])
-  assert not end.value.code
-  assert '--n_layer  (4)' in capsys.readouterr().out
