@@ -15,8 +15,8 @@ from attention.kernels.conv import causal_conv1d
 from model.sharding import mesh_size
 
 __all__ = [
-    'causal_conv1d', 'flash_attention', 'linear_attention', 'running_mean',
-    'selective_scan']
+    'causal_conv1d', 'flash_attention', 'linear_attention',
+    'linear_recurrence', 'running_mean', 'selective_scan']
 
 
 def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
@@ -105,6 +105,23 @@ def selective_scan(x, dt, A, B, C, D, ctx, *, z=None, dt_bias=None, h0=None,
       local, outputs=('BTE', 'BEM'),
       inputs=('BTE', 'BTE', 'EM', 'BTM', 'BTM', 'E', 'BTE', 'E', 'BEM', 'BT'),
   )(x, dt, A, B, C, D, z, dt_bias, h0, ctx.starts)
+
+
+def linear_recurrence(x, log_decay, ctx, *, h0=None, **options):
+  """attention.kernels.scan: h [B,T,E] and the state [B,E].
+
+  Args:
+    x, log_decay, h0: as there.
+    ctx: the Context, whose starts zero the state.
+    **options: as there.
+  """
+  def local(x, log_decay, h0, starts):
+    return scan.linear_recurrence(
+        x, log_decay, h0=h0, starts=starts, **options)
+
+  return ctx.sharded(
+      local, inputs=('BTE', 'BTE', 'BE', 'BT'), outputs=('BTE', 'BE'),
+  )(x, log_decay, h0, ctx.starts)
 
 
 def running_mean(x, ctx, state, **options):

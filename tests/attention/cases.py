@@ -50,6 +50,9 @@ SETTINGS = {
     'n_v_head_dim': [dict(n_v_head_dim=5)],
     'n_cproj': [dict(n_cproj=2)],
     'use_concat_heads': [dict(use_concat_heads=True)],
+    'rglru_width': [dict(rglru_width=24)],
+    'rglru_conv_kernel_size': [
+        dict(rglru_conv_kernel_size=2), dict(rglru_conv_kernel_size=1)],
     'ssm_mamba_expand': [dict(ssm_mamba_expand=1)],
     'ssm_conv_kernel_size': [
         dict(ssm_conv_kernel_size=4), dict(ssm_conv_kernel_size=1)],

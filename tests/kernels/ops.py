@@ -164,6 +164,7 @@ class Scan(Row):
   E: int = 12
   M: int = 4
   dt_softplus: bool = True
+  scale_input: bool = True
   steps: tuple = ()  # Repeated, in place of random ones.
 
   op = staticmethod(scan.selective_scan)
@@ -173,7 +174,7 @@ class Scan(Row):
   optional = 'z dt_bias h0 starts'
   low = 'x dt B C z'
   series = 'x dt B C z starts'
-  static = 'dt_softplus'
+  static = 'dt_softplus scale_input'
   results = dict(y='BTE', hT='BEM')
   state = dict(hT='h0')
 

@@ -104,6 +104,8 @@ ROWS = (
     scan('M32', B=1, M=32, has=ALL),
     scan('wide', B=1, E=8192, M=64, has=ALL, **F32),
     scan('decode', T=1, E=1536, has='dt_bias h0'),
+    scan('recurrence', f'{TPUS} h100', M=1, has='h0 starts', dt_softplus=False,
+         scale_input=False),
     scan('split', 'pod', B=8, T=2048, E=4096, has='starts'),
     scan('split', 'h100s', B=16, T=256, E=512, has='z dt_bias starts'),
 

@@ -86,3 +86,20 @@ def test_gpu_declines(change, reason, on_h100):
 def test_bad_arguments(change, message):
   with pytest.raises(ValueError, match=message):
     scan.selective_scan(**(Scan(T=10).arguments(jnp.float32) | change))
+
+
+def test_the_plain_recurrence():
+  rng = np.random.default_rng(0)
+  x, log_decay = rng.standard_normal((2, 2, 40, 3))
+  log_decay = -np.exp(log_decay)
+  h = h0 = rng.standard_normal((2, 3))
+  starts = np.zeros((2, 40), bool)
+  starts[1, 17] = True
+  got, last = scan.linear_recurrence(
+      *(jnp.asarray(a, jnp.float32) for a in (x, log_decay)),
+      h0=jnp.asarray(h0, jnp.float32), starts=jnp.asarray(starts))
+  for t in range(40):
+    kept = np.where(starts[:, t, None], 0.0, h)
+    h = np.exp(log_decay[:, t]) * kept + x[:, t]
+    np.testing.assert_allclose(got[:, t], h, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(last, h, rtol=1e-5, atol=1e-6)

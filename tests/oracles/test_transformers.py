@@ -111,11 +111,56 @@ MAMBA = {
     'out.weight': 'out_proj.weight',
     'out.bias': 'out_proj.bias',
 }
+GRIFFIN = {
+    'input.weight': 'linear_x.weight',
+    'input.bias': 'linear_x.bias',
+    'gate.weight': 'linear_y.weight',
+    'gate.bias': 'linear_y.bias',
+    'conv': 'conv_1d.weight',  # [E,1,W]
+    'conv_bias': 'conv_1d.bias',
+    # [N,in,out] and [N,out] in both.
+    'r.weight': lambda w: w['rg_lru.recurrent_gate_weight'].T,
+    'r.bias': lambda w: w['rg_lru.recurrent_gate_bias'].T,
+    'i.weight': lambda w: w['rg_lru.input_gate_weight'].T,
+    'i.bias': lambda w: w['rg_lru.input_gate_bias'].T,
+    'Lambda': 'rg_lru.recurrent_param',
+    'out.weight': 'linear_out.weight',
+    'out.bias': 'linear_out.bias',
+}
 JAMBA = MAMBA | {
     'dt_norm.weight': 'dt_layernorm.weight',
     'B_norm.weight': 'b_layernorm.weight',
     'C_norm.weight': 'c_layernorm.weight',
 }
+
+
+def numpy(x):
+  return x.detach().numpy()
+
+
+def attended(layer, find, x):
+  """Their attention, with the mask that their model would give it."""
+  masks = importlib.import_module('transformers.masking_utils')
+  windowed = getattr(layer, 'sliding_window', None)  # Not all have it.
+  mask = (masks.create_sliding_window_causal_mask if windowed
+          else masks.create_causal_mask)
+  positions = torch.arange(x.shape[1])[None]
+  rotary = find('RotaryEmbedding')(layer.config)
+  return layer(
+      x, position_embeddings=rotary(x, positions),
+      attention_mask=mask(layer.config, x, None, None, positions))[0]
+
+
+def alone(layer, find, x):
+  """A layer that needs nothing but its input."""
+  del find
+  return layer(x)
+
+
+def recurrent_block(layer, find, x):
+  del find
+  positions = torch.arange(x.shape[1])[None]
+  return layer(x, positions, None, use_cache=False)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +176,8 @@ class Model:
     weights: {our parameter: theirs}.
     constants: {their parameter: value}; the others are random.
     without: our submodules that the model lacks, taken out.
+    call: (their layer, their classes by the rest of their name, float32 tensor
+      [B,T,D]) -> outputs.
   """
   library: str
   prefix: str
@@ -141,6 +188,7 @@ class Model:
   weights: dict[str, str | Callable]
   constants: dict = dataclasses.field(default_factory=dict)
   without: tuple = ()
+  call: Callable = attended
 
 
 QWEN3 = functools.partial(
@@ -187,7 +235,7 @@ MODELS = {
         'ssm', dict(ssm_inner_norm=False, ssm_io_bias=True,
                     ssm_mamba_expand=E // D, ssm_conv_kernel_size=W,
                     ssm_dt_rank=DT_RANK, ssm_d_state=M),
-        MAMBA),
+        MAMBA, call=alone),
     'jamba': Model(
         'jamba', 'Jamba', 'MambaMixer',
         dict(hidden_size=D, mamba_d_state=M, mamba_expand=E // D,
@@ -196,7 +244,13 @@ MODELS = {
         'ssm', dict(ssm_io_bias=True, ssm_mamba_expand=E // D,
                     ssm_conv_kernel_size=W, ssm_dt_rank=DT_RANK,
                     ssm_d_state=M),
-        JAMBA, without=('y_norm',)),  # Hymba's.
+        JAMBA, without=('y_norm',), call=alone),  # Hymba's.
+    'recurrent_gemma': Model(
+        'recurrent_gemma', 'RecurrentGemma', 'RecurrentBlock',
+        dict(hidden_size=D, lru_width=D, conv1d_width=W, num_attention_heads=N,
+             num_hidden_layers=1),
+        'rglru', dict(bias=True, rglru_conv_kernel_size=W),
+        GRIFFIN, call=recurrent_block),
 }
 
 
@@ -221,10 +275,7 @@ def pair(name):
   for part in model.without:
     setattr(mixer, part, Through())
   copy(layer, mixer, model.weights)
-  if model.variant == 'ssm':
-    return mixer, lambda x: numpy(layer(torch.tensor(x)))
-  rotary = find('RotaryEmbedding')(config)
-  return mixer, lambda x: numpy(attended(layer, rotary, torch.tensor(x)))
+  return mixer, lambda x: numpy(model.call(layer, find, torch.tensor(x)))
 
 
 def randomised(layer, constants):
@@ -252,22 +303,6 @@ def copy(layer, mixer, table):
     parameter = operator.attrgetter(name)(mixer)
     parameter[...] = jnp.asarray(
         np.transpose(value).reshape(parameter.shape), jnp.float32)
-
-
-def attended(layer, rotary, x):
-  """Their attention, with the mask that their model would give it."""
-  masks = importlib.import_module('transformers.masking_utils')
-  windowed = getattr(layer, 'sliding_window', None)  # Not all have it.
-  mask = (masks.create_sliding_window_causal_mask if windowed
-          else masks.create_causal_mask)
-  positions = torch.arange(x.shape[1])[None]
-  return layer(
-      x, position_embeddings=rotary(x, positions),
-      attention_mask=mask(layer.config, x, None, None, positions))[0]
-
-
-def numpy(x):
-  return x.detach().numpy()
 
 
 @jax.jit

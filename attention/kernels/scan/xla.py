@@ -28,7 +28,7 @@ def forward(operands, rule):
 
   def step(h, inputs):
     x, delta, B, C, start = inputs
-    h = _step(_reset(h, start), x, delta, A, B)
+    h = _step(_reset(h, start), x, delta, A, B, rule)
     return h, _einsum('BME,BM->BE', h, C)
 
   def chunk(h, inputs):
@@ -67,7 +67,7 @@ def backward(operands, rule, states, cotangents):
     def again(i, carry):
       before, outputs = carry
       x, delta, B, C, start, ds = at(inputs, first + i)
-      h = _step(_reset(at(before, i), start), x, delta, A, B)
+      h = _step(_reset(at(before, i), start), x, delta, A, B, rule)
       s = None if z is None else _einsum('BME,BM->BE', h, C)
       dC = _einsum('BME,BE->BM', h, ds)
       return put(before, i + 1, h), put(outputs, first + i, (s, dC))
@@ -78,15 +78,16 @@ def backward(operands, rule, states, cotangents):
       x, delta, B, C, start, ds = at(inputs, first + i)
       dh = dh + ds[:, None, :] * C[:, :, None]
       du = _einsum('BME,BM->BE', dh, B)
-      dB = _einsum('BME,BE->BM', dh, delta * x)
+      dB = _einsum('BME,BE->BM', dh, _input(x, delta, rule))
       # Now of the state before the step; times it, of the exponents.
       dh = jnp.exp(delta[:, None, :] * A) * dh
       dexponents = dh * _reset(at(before, i), start)
       # A product with ones costs less than a sum, which copies A for each row.
-      ddelta = x * du + _einsum(
-          'BME,BM->BE', dexponents * A, jnp.ones(B.shape))
+      ddelta = _einsum('BME,BM->BE', dexponents * A, jnp.ones(B.shape))
+      if rule.scale_input:
+        du, ddelta = delta * du, ddelta + x * du
       dA = dA + dexponents * delta[:, None, :]
-      outputs = put(outputs, first + i, (delta * du, ddelta, dB))
+      outputs = put(outputs, first + i, (du, ddelta, dB))
       return _reset(dh, start), dA, outputs
 
     before = put(before, 0, at(states, last))
@@ -129,9 +130,13 @@ def _step_sizes(dt, dt_bias, dt_softplus):
   return jax.nn.softplus(delta) if dt_softplus else delta
 
 
-def _step(h, x, delta, A, B):
+def _input(x, delta, rule):
+  return delta * x if rule.scale_input else x
+
+
+def _step(h, x, delta, A, B, rule):
   return (jnp.exp(delta[:, None, :] * A) * h
-          + (delta * x)[:, None, :] * B[:, :, None])
+          + _input(x, delta, rule)[:, None, :] * B[:, :, None])
 
 
 def _reset(h, start):

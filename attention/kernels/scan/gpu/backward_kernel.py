@@ -40,10 +40,12 @@ class Step(NamedTuple):
   gate: jax.Array | None  # sigmoid(z)
   dy: jax.Array
   start: jax.Array | None
+  scaled: bool
 
   @property
   def u(self):
-    return self.d * self.x
+    """What the states take in."""
+    return self.d * self.x if self.scaled else self.x
 
   @property
   def ds(self):
@@ -120,7 +122,7 @@ def _load_step(smem, plan, slot, chunk, bias, t):
   d, slope = chunks.step_size(plan, dt + bias, chunk * CHUNK + t)
   gate = chunks.sigmoid(z) if plan.gated else None
   start = chunks.starts(plan, smem.common.at[slot, t])
-  return Step(d, slope, x, z, gate, dy, start)
+  return Step(d, slope, x, z, gate, dy, start, plan.rule.scale_input)
 
 
 def _advance(step, h, A, B):
@@ -140,15 +142,17 @@ def _finish(smem, plan, slot, skip, t, step, dinput, dexponent, total, sums):
     skip: D, a row.
     t: step of the chunk.
     step: Step.
-    dinput: gradient of d x.
+    dinput: gradient of u.
     dexponent: gradient of d by its decays, in units of log 2.
     total: y before the skip and the gate.
     sums: gradients of the bias and of D, to be added to.
   """
   dbias, dskip = sums
   ds = step.ds
-  dx = step.d * dinput + skip * ds
-  ddt = (step.x * dinput + mosaic_gpu.LN2 * dexponent) * step.slope
+  dx, ddt = dinput, mosaic_gpu.LN2 * dexponent
+  if step.scaled:
+    dx, ddt = step.d * dinput, step.x * dinput + ddt
+  dx, ddt = dx + skip * ds, ddt * step.slope
   gradients = [(smem.x, dx), (smem.dt, ddt)]
   if plan.gated:
     slope = step.gate * (1 + step.z * (1 - step.gate))

@@ -144,7 +144,7 @@ def silu(x):
 
 def step_size(plan, dt, t):
   """d of step t and its slope d(d)/d(dt), both zero past the end."""
-  if plan.dt_softplus:
+  if plan.rule.dt_softplus:
     e = jnp.exp2(jnp.abs(dt) * -LOG2E)
     # log(1 + e) = 2 artanh(e / (2 + e)): as exact for tiny e as for e = 1.
     root = lax.rsqrt(2 + e)

@@ -47,7 +47,8 @@ def kernel(gmem, smem, plan):
       sums = []
       for t, x_t, dt_t in zip(steps, x, dt):
         d, _ = chunks.step_size(plan, dt_t + bias, chunk * CHUNK + t)
-        h, total = _step(plan, h, A, d, d * x_t, smem.common.at[slot, t])
+        u = d * x_t if plan.rule.scale_input else x_t
+        h, total = _step(plan, h, A, d, u, smem.common.at[slot, t])
         sums.append(total + skip * x_t)
       for k, t in enumerate(steps):
         y = sums[k] * chunks.silu(z[k]) if plan.gated else sums[k]

@@ -43,6 +43,7 @@ from jax.experimental import pallas as pl
 
 from attention.kernels import mosaic_gpu
 from attention.kernels.mosaic_gpu import barrier, buffer, like, output, pad
+from attention.kernels.scan import Rule
 from attention.kernels.scan.gpu import backward_kernel, forward_kernel, states
 from attention.kernels.scan.gpu.backward_kernel import COLUMNS, GROUPS
 from attention.kernels.scan.gpu.chunk import CHANNELS, CHUNK
@@ -54,7 +55,7 @@ _launch = functools.partial(mosaic_gpu.launch, automatic_barriers=False)
 
 class Plan(NamedTuple):
   """What a kernel is compiled for, beside the shapes of its operands."""
-  dt_softplus: bool
+  rule: Rule
   gated: bool
   segments: bool  # Some steps start documents.
   T: int
@@ -86,7 +87,7 @@ def prepare(operands, rule):
   M = max(8, 1 << (A.shape[1] - 1).bit_length())
   width = min(M, 16)
   parts = states.number(batch * pl.cdiv(E, CHANNELS), pl.cdiv(T, CHUNK))
-  plan = Plan(rule.dt_softplus, z is not None, starts is not None, T,
+  plan = Plan(rule, z is not None, starts is not None, T,
               M // width, width, parts)
   f32 = lambda array: array.astype(jnp.float32)
   common = [pad(f32(array), axis=-1, multiple=M) for array in (B, C)]

@@ -107,7 +107,7 @@ def kernel(gmem, smem, plan):
         total = total + d
         value = inputs[k]
         if not plan.reverse:
-          value = value * d
+          value = value * d if plan.rule.scale_input else value
         elif plan.gated:
           value = value * chunks.silu(z[k])
         common = smem.common.at[slot, t]

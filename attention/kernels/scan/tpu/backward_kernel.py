@@ -113,9 +113,11 @@ def _after_steps(ref, plan, place, ddt_bias, r, rows, tiles):
   x = ref.x[r, rows].astype(jnp.float32)
   d, ds, du, dd = (chunk.flat(series[r, tiles])
                    for series in (ref.d, ref.ds, ref.du, ref.dd))
-  dx = d * du + ref.D[...] * ds
+  dx, ddt = du, dd * (1 / LOG2E)
+  if plan.rule.scale_input:
+    dx, ddt = d * du, x * du + ddt
+  dx += ref.D[...] * ds
   ref.dx[r, rows] = dx.astype(ref.dx.dtype)
-  ddt = x * du + dd * (1 / LOG2E)
   if plan.rule.dt_softplus:
     ddt *= chunk.sigmoid(chunk.raw_step_sizes(ref, r, rows))
   ref.ddt[r, rows] = ddt.astype(ref.ddt.dtype)

@@ -81,12 +81,12 @@ def masked(valid, x):
 
 
 def step_sizes(ref, plan, r, rows):
-  """d and d x of some rows, and x in float32."""
+  """d and d x, or x, of some rows, and x in float32."""
   x = ref.x[r, rows].astype(jnp.float32)
   d = raw_step_sizes(ref, r, rows)
   if plan.rule.dt_softplus:
     d = _softplus(d)
-  return d, d * x, x
+  return d, d * x if plan.rule.scale_input else x, x
 
 
 def raw_step_sizes(ref, r, rows):

@@ -17,7 +17,7 @@ Refs, float32 but for the series, whose dtypes are those of the operands:
 
 In VMEM, between the parts of a chunk:
 
-  d, u              [rows,chunk/8,8,channels] steps' sizes, those times x
+  d, u              [rows,chunk/8,8,channels] steps' sizes; inputs of states
   s                 likewise                  sum over states of h C
   dd, du, ds        likewise                  gradients; dd times log2(e)
   wide_B, wide_C    [rows,steps,M,128]        each number on all lanes
