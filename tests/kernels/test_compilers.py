@@ -195,7 +195,7 @@ def compiled(row, target, implementation=None):
 # larger than an operand, or than the scores or the states of a chunk.
 FORBIDDEN = {
     Flash: lambda row: row.B * row.N * row.T * row.S,
-    Scan: lambda row: row.B * row.T * row.E * row.M,
+    Scan: lambda row: row.B * row.T * row.E * max(row.M, 8),  # As kernels pad.
     Chunked: lambda row: row.B * round_up(row.T, 128) * row.N * min(
         row.H * row.V, round_up(row.T, 128))}
 LARGEST = {
