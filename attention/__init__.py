@@ -104,7 +104,7 @@ def check(config):
     options = layer.options(get(layer.variant), config)
     for flag, field in flags(layer.variant).items():
       needs = field.metadata['needs']
-      works = not needs or any(getattr(options, other) for other in needs)
+      works = not needs or any(_holds(options, need) for need in needs)
       if not works and own.get(flag, field.default) != field.default:
         raise ValueError(f'attention_list: {layer}: '
                          + _no_effect(flag, own[flag], needs))
@@ -121,6 +121,13 @@ def check(config):
         f'{flag}={config[flag]} has no effect: no layer honours it (variants '
         f'in use: {", ".join(sorted({x.variant for x in used}))}); drop the '
         f'flag or use one of {", ".join(users(flag))}')
+
+
+def _holds(options, need):
+  """Whether a flag is set, or, of 'flag=value', is that."""
+  flag, equals, value = need.partition('=')
+  is_set = getattr(options, flag)
+  return specs.value_text(is_set) == value if equals else bool(is_set)
 
 
 def _no_effect(flag, value, needs):

@@ -14,11 +14,12 @@ from flax import nnx
 from attention.common import heads
 from attention.common import options as flags
 from attention.common.softmax import Softmax
+from attention.common.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
-              flags.Window, flags.Lobo, flags.Flash):
+              flags.Window, Weights):
   pass
 
 
@@ -28,7 +29,8 @@ class Attention(nnx.Module):
     H, K = heads.head_width(config), options.kv_heads(config.n_head)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, H), rngs=rngs)
-    self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=H)
+    self.softmax = Softmax(
+        config, options, kv_shape=(K, H), value_width=H, rngs=rngs)
     self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):

@@ -18,11 +18,12 @@ from attention.common import heads
 from attention.common import options as flags
 from attention.common.options import option
 from attention.common.softmax import Softmax
+from attention.common.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
-              flags.Window, flags.Lobo, flags.Flash):
+              flags.Window, Weights):
   n_qk_head_dim: int | None = option(
       None, 'width of queries and keys; none: n_embd / n_head', at_least=1)
   n_v_head_dim: int | None = option(
@@ -55,7 +56,8 @@ class Attention(nnx.Module):
     self.groups = options.groups(N)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, V), rngs=rngs)
-    self.softmax = Softmax(config, options, kv_shape=(K, H), value_width=V)
+    self.softmax = Softmax(
+        config, options, kv_shape=(K, H), value_width=V, rngs=rngs)
     self.out = heads.out(config, heads=self.groups, width=V, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):

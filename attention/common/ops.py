@@ -10,13 +10,14 @@ import math
 
 import jax.numpy as jnp
 
-from attention.kernels import chunked, flash, running, scan
+from attention.kernels import chunked, flash, running, scan, scores
 from attention.kernels.conv import causal_conv1d
 from model.sharding import mesh_size
 
 __all__ = [
     'causal_conv1d', 'flash_attention', 'linear_attention',
-    'linear_recurrence', 'running_mean', 'selective_scan']
+    'linear_recurrence', 'running_mean', 'selective_scan',
+    'weighted_attention']
 
 
 def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
@@ -45,6 +46,35 @@ def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
   return ctx.sharded(
       local, inputs=('BTNH', 'BSKH', 'BSKV', ids, 'N', '')[:5 + len(offset)],
       outputs='BTNV')(q, k, v, segment_ids, sink, *offset)
+
+
+def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
+                       segment_ids=None, q_offset=0, **options):
+  """attention.kernels.scores: [B,T,N,V] of q [B,T,N,H], k and v [B,S,K,...].
+
+  Args:
+    q, k, v, learned, fire_learned, q_offset: as there.
+    ctx: the Context, whose positions are those of the queries.
+    segment_ids: None or the pair (of queries [B,T], of keys [B,S]).
+    **options: as there.
+  """
+  k, v = _repeated(ctx, q.shape[2], (k, v), axis=2)
+  fire_letters = None
+  if fire_learned is not None:
+    hidden = len(fire_learned) - 3  # c, what multiplies L, and the last layer.
+    fire_letters = ('', '', *[('__', '_')] * hidden, ('_N', 'N'))
+
+  def local(q, k, v, ids, q_offset, positions, learned, fire):
+    return scores.weighted_attention(
+        q, k, v, segment_ids=ids, q_offset=q_offset, positions=positions,
+        learned=learned, fire_learned=fire, **options)
+
+  return ctx.sharded(
+      local, outputs='BTNV', inputs=(
+          'BTNH', 'BSKH', 'BSKV', ('BT', 'BS'), '', 'BT',
+          tuple('N' + '_' * (x.ndim - 1) for x in learned), fire_letters),
+  )(q, k, v, segment_ids, jnp.asarray(q_offset, jnp.int32), ctx.positions,
+    learned, fire_learned)
 
 
 def linear_attention(q, k, v, ctx, *, state=None, **options):

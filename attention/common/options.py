@@ -25,8 +25,8 @@ def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
     bare: what the flag means without a value, or as `true`.
     runtime: of a model's flag, that it changes how the model is computed or
       trained, but not which model it is: a run may be resumed with another.
-    needs: flags, of which one must be set, in some layer that honours this
-      one, for it to have an effect.
+    needs: flags, of which one must be set, or be that of 'flag=value', in some
+      layer that honours this one, for it to have an effect.
     choices: the values that it takes; none: any of its type.
     empty: of a text, that it may be empty.
     once: given twice it is an error; of other flags the last value counts.

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention.common.ops import flash_attention
+from attention.common.ops import flash_attention, weighted_attention
+from attention.common.weights import FireBias, Learned
 from model.layers import param, rms_normalize, rotary
 
 
@@ -111,13 +112,13 @@ def sink_values(log_sink, options, n_head):
 
 
 class Softmax(nnx.Module):
-  """Rotary, qk norm, softcap, window, off-by-one softmax, over given q, k, v.
+  """Rotary, qk norm, softcap, window, weights and bias, over given q, k, v.
 
-  `options` has the groups Flash, Rotary, QKNorm, Softcap, Window and Lobo of
-  attention.common.options.
+  `options` has the groups Rotary, QKNorm, Softcap and Window of
+  attention.common.options, and Weights of attention.common.weights.
   """
 
-  def __init__(self, config, options, *, kv_shape, value_width):
+  def __init__(self, config, options, *, kv_shape, value_width, rngs):
     N = config.n_head
     self.options = options
     self.implementation = options.implementation
@@ -131,6 +132,9 @@ class Softmax(nnx.Module):
         math.log2(max(length * length - length, 2)), '', decay=False
     ) if options.use_qk_norm_scale else None
     self.log_sink = sink_param(config, options)
+    self.learned = Learned(options, n_head=N)
+    self.fire = FireBias(
+        options, n_head=N, rngs=rngs) if options.use_fire_embeddings else None
 
   def __call__(self, q, k, v, ctx, state=None):
     """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state)."""
@@ -144,11 +148,25 @@ class Softmax(nnx.Module):
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]
     (k, v), visible_to, state = recall(
         (k, v), ctx, state, window=self.window)
-    y = flash_attention(
+    return self._attend(q, k, v, ctx, visible_to, scale), state
+
+  def _attend(self, q, k, v, ctx, visible_to, scale):
+    options = self.options
+    sink = sink_values(self.log_sink, options, self.n_head)
+    if options.fused:
+      return flash_attention(
+          q, k, v, ctx, **visible_to, sink=sink,
+          scale=scale * options.log_base,
+          softcap=self.softcap * options.log_base,
+          implementation=self.implementation)
+    fire = self.fire
+    return weighted_attention(
         q, k, v, ctx, **visible_to, scale=scale, softcap=self.softcap,
-        sink=sink_values(self.log_sink, options, self.n_head),
+        weigh=options.weigh, by_length=options.div_by_seq_len,
+        learned=self.learned() if sink is None else (sink,),
+        fire=None if fire is None else fire.rule,
+        fire_learned=None if fire is None else fire(),
         implementation=self.implementation)
-    return y, state
 
   def init_state(self, batch, length):
     return init_cache(self.shapes, batch=batch, length=length,

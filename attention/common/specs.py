@@ -39,7 +39,7 @@ class LayerSpec:
   flags: tuple = ()
 
   def __str__(self):
-    own = ', '.join(f'{flag}={_text(value)}' for flag, value in self.flags)
+    own = ', '.join(f'{flag}={value_text(value)}' for flag, value in self.flags)
     return f'{self.variant}({own})' if own else self.variant
 
   def options(self, module, config):
@@ -117,5 +117,6 @@ def period(specs):
       spec == specs[i % n] for i, spec in enumerate(specs)))
 
 
-def _text(value):
+def value_text(value):
+  """The value of a flag as it is written."""
   return str(value).lower() if isinstance(value, bool | None) else value

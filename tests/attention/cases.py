@@ -14,8 +14,70 @@ import numpy as np
 from flax import nnx
 
 import attention
+from attention.common.weights import VARIANTS, Weights
 from configs import default
 from model.sharding import Context
+
+# {softmax_variant_attn: (flag, a value, what else it needs)}.
+WEIGHTS = {
+    'consmax': (
+        ('consmax_initial_beta', 0.3, {}), ('consmax_initial_gamma', 2.0, {}),
+        ('consmax_use_euler_base', False, {}),
+        ('consmax_base', 3.0, dict(consmax_use_euler_base=False))),
+    'consmax_v2': (
+        ('consmax_v2_clamping', True, {}),
+        ('consmax_v2_clamp_value', -2.4, dict(consmax_v2_clamping=True))),
+    'saturatingconsmax': (
+        ('consmax_saturation', -2.6, {}),
+        ('consmax_learnable_beta', False, {}),
+        ('consmax_learnable_gamma', False, {})),
+    'polymax': (
+        ('polymax_x_intercept', -0.05, {}), ('polymax_y_intercept', 0.5, {}),
+        ('polymax_power', 1.5, {}), ('polymax_divisor', 2.0, {})),
+    'exppolymax': (
+        ('exppolymax_use_euler_base', False, {}),
+        ('exppolymax_base', 2.0, dict(exppolymax_use_euler_base=False)),
+        ('exppolymax_y_intercept', 0.5, {}), ('exppolymax_power', 1.0, {}),
+        ('exppolymax_divisor', 2.0, {})),
+    'relumax': (('relumax_divisor', 2.0, {}),),
+    'relu2max': (('relu2max_divisor', 2.0, {}),),
+    'sigmoidmax': (('sigmoidmax_divisor', 2.0, {}),),
+    'softplus': (('softplus_divisor', 2.0, {}),),
+    'squareplus': (('squareplus_divisor', 2.0, {}),),
+    'sigsoftmax': (
+        ('sigsoftmax_use_euler_base', False, {}),
+        ('sigsoftmax_base', 3.0, dict(sigsoftmax_use_euler_base=False))),
+    'strongermax': (
+        ('strongermax_strength', 2.0, {}),
+        ('strongermax_div_by_sum_of_terms', False, {}),
+        ('strongermax_divisor', 2.0, {}),
+        *((flag, value, dict(strongermax_div_by_sum_of_terms=False))
+          for flag, value in (('strongermax_use_xmax', False),
+                              ('strongermax_xmax_guess', 1.0))),
+        ('strongermax_clamping', True, {}),
+        ('strongermax_clamp_value', 0.01, dict(strongermax_clamping=True)),
+        ('strongermax_obo', 0.5, {}),
+        ('strongermax_use_learned_obo', True, {}),
+        ('strongermax_use_learned_obo_per_head', True, {}),
+        ('strongermax_temperature_factor', 2.0, {}),
+        ('strongermax_use_learned_temperature_factor', True, {})),
+    'pfla_softmax': (
+        ('pfla_softmax_num_points', 5, {}),
+        ('pfla_softmax_left_bound', -3.0, {}),
+        ('pfla_softmax_right_bound', 4.0, {}),
+        ('pfla_softmax_learn_x', True, {}),
+        ('pfla_softmax_learn_y', False, {}),
+        ('pfla_softmax_init_activation', 'softplus', {}),
+        ('pfla_softmax_density', 'exp', {}),
+        ('pfla_softmax_use_learned_divisor', True, {}),
+        ('pfla_softmax_gamma_init', 2.0,
+         dict(pfla_softmax_use_learned_divisor=True)),
+        ('pfla_softmax_use_obo', True, {}),
+        ('pfla_softmax_use_learned_obo', True,
+         dict(pfla_softmax_use_obo=True)),
+        ('pfla_softmax_obo', 0.5, dict(pfla_softmax_use_obo=True)),
+        ('pfla_softmax_mode', 'quadratic', {})),
+}
 
 # {flag: its values that are not the default}. A pair (flags, needs) where
 # something else must be set for the flag to mean anything: without `needs` it
@@ -38,6 +100,18 @@ SETTINGS = {
     'flash_lobo_log_const': [
         (dict(flash_lobo_log_const=1.5), dict(use_flash_lobo=True)),
         (dict(flash_lobo_log_const=-0.5), dict(use_flash_obo_const=True))],
+    'softmax_variant_attn': [
+        dict(softmax_variant_attn=name) for name in VARIANTS[1:]],
+    'div_by_seq_len': [dict(div_by_seq_len=True)],
+    **{flag: [(dict([(flag, value)]), dict(softmax_variant_attn=name, **needs))]
+       for name, rows in WEIGHTS.items()
+       for flag, value, needs in rows},
+    'use_fire_embeddings': [dict(use_fire_embeddings=True)],
+    **{flag: [(dict([(flag, value)]), dict(use_fire_embeddings=True))]
+       for flag, value in (
+           ('fire_log_bias', 1.5), ('fire_num_hidden_layers', 0),
+           ('fire_mlp_width', 3), ('fire_init_c', 0.7), ('fire_init_L', 4.0),
+           ('fire_outermost_sigma', True))},
     'mla_latent_dim': [dict(mla_latent_dim=5)],
     'mla_rotary_dim': [dict(mla_rotary_dim=6)],
     'use_mla_lobo': [dict(use_mla_lobo=True)],
@@ -68,7 +142,10 @@ NEEDS = {
 }
 
 # Not part of the row of all flags together, as they exclude others of it.
-ALONE = ('attention_kernel', 'use_flash_obo_const', 'use_concat_heads')
+ALONE = ('attention_kernel', 'use_flash_obo_const', 'use_concat_heads',
+         'softmax_variant_attn', 'consmax_v2_clamp_value',
+         'strongermax_clamp_value', 'pfla_softmax_gamma_init',
+         'pfla_softmax_use_learned_obo', 'pfla_softmax_obo')
 
 MODEL = dict(n_embd=32, n_head=4, n_layer=2, block_size=16, vocab_size=32,
              init_std=0.1)
@@ -115,11 +192,18 @@ def main(variant):
   """The defaults, and all flags at once."""
   together = {}
   for flag in attention.flags(variant):
-    if flag not in ALONE:
+    needs = attention.flags(variant)[flag].metadata['needs']
+    if flag not in ALONE and not any('=' in need for need in needs):
       for flags, needs in settings(variant, flag)[:1]:
         together |= {**needs, **flags}
   rows = [Case(variant)]
   return rows + [Case(variant, '', tuple(together.items()))] * bool(together)
+
+
+def shared(case):
+  """Whether the flag is one of a module that another variant has too."""
+  return (case.variant == 'infinite'
+          and case.flag in {f.name for f in dataclasses.fields(Weights)})
 
 
 MAIN = [case for name in attention.names() for case in main(name)]

@@ -12,6 +12,7 @@ import attention
 from attention.kernels import dispatch
 from configs import default
 from model.sharding import Context
+from tests.attention import cases, weights
 from tests.attention.oracles import dense, float64, rms, rotate
 
 
@@ -53,8 +54,9 @@ def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
     if options.attn_logit_softcapping:
       cap = options.attn_logit_softcapping
       s = cap * np.tanh(s / cap)
-    e = np.exp(s)
-    y[b, t, n] = e @ v[b, seen, group] / (e.sum() + _off_by(softmax, n))
+    w = weights.of(softmax, s, head=n, distances=t - np.array(seen),
+                   position=positions[b, t], off_by=_off_by(softmax, n))
+    y[b, t, n] = w @ v[b, seen, group]
   return y
 
 
@@ -212,3 +214,28 @@ def test_flops_are_those_of_the_sums(window):
   dense_flops = 4 * 2 * 24 * 24
   assert mixer.flops(T) == pytest.approx(
       dense_flops + pairs * 6 * 2 * (4 + 4) / T)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (dict(softmax_variant_attn='relumx'), 'did you mean relumax'),
+    (dict(relumax_divisor=2.0),
+     'without softmax_variant_attn=relumax: set both or neither'),
+    (dict(softmax_variant_attn='relumax', use_flash_lobo=True),
+     'no place in softmax_variant_attn=relumax'),
+    (dict(consmax_base=3.0, softmax_variant_attn='consmax'),
+     'without consmax_use_euler_base=false'),
+], ids=['unknown', 'of another', 'off by one', 'base'])
+def test_weights_that_cannot_be(flags, message):
+  config = cases.config(attention_variant='causal')
+  with pytest.raises(ValueError, match=message):
+    config.update(flags)
+    default.check(config)
+
+
+def test_softermax_is_a_softmax_that_kernels_run():
+  mixer = cases.build(cases.Case(
+      'causal', 'kernel', (('softmax_variant_attn', 'softermax'),)))
+  x = jax.ShapeDtypeStruct((2, 256, 32), jnp.float32)
+  with dispatch.pretend('tpu', 'v5e'), dispatch.record() as choices:
+    jax.eval_shape(lambda x: cases.plain(mixer, x), x)
+  assert choices == {'attention.kernels.flash': {'tpu': ''}}

@@ -33,7 +33,8 @@ HANDOFF = 6
 
 every_case = pytest.mark.parametrize('case', [
     *cases.MAIN,
-    *(pytest.param(c, marks=pytest.mark.slow) for c in cases.SINGLE)], ids=str)
+    *(pytest.param(c, marks=pytest.mark.slow) for c in cases.SINGLE
+      if not cases.shared(c))], ids=str)
 every_variant = pytest.mark.parametrize('name', attention.names())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.sharding import Context
-from tests.attention import cases, oracles
+from tests.attention import cases, oracles, weights
 from tests.attention.cases import Case, build, close, inputs
 
 
@@ -36,9 +36,10 @@ def oracle(mixer, x, *, positions, segment_ids):
     scores = scale * k[b, s, n // per_key] @ q[b, t, n]
     if cap:
       scores = cap * np.tanh(scores / cap)
-    total = np.exp(scores).sum() + (0 if sink is None else np.exp(sink[n]))
-    sums[b, t, n // (N // groups)] += (
-        np.exp(scores) @ v[b, s, n // per_key] / total)
+    w = weights.of(
+        mixer.softmax, scores, head=n, distances=t - s,
+        position=positions[b, t], off_by=0 if sink is None else np.exp(sink[n]))
+    sums[b, t, n // (N // groups)] += w @ v[b, s, n // per_key]
   return oracles.dense(mixer.out, sums)
 
 

@@ -17,8 +17,9 @@ from attention.kernels.flash import xla
 from attention.kernels.flash.tpu import blocks as flash_blocks
 from attention.kernels.scan.gpu import states
 from attention.kernels.scan.tpu import blocks as scan_blocks
+from attention.kernels.scores import xla as scores_xla_module
 from tests.kernels import accelerators, ops
-from tests.kernels.ops import Chunked, Flash, Scan
+from tests.kernels.ops import Chunked, Flash, Scan, Scores
 
 # Those that do not take float32.
 DTYPES = {(Flash, 'gpu'): jnp.bfloat16, (Chunked, 'gpu'): jnp.bfloat16}
@@ -72,10 +73,15 @@ def chunked_tpu(rows=256):
                  chunk=32, rows=rows)
 
 
+def scores_xla():
+  """Several blocks of queries, the last one not whole."""
+  yield mock.patch.object(scores_xla_module, 'SCORES', 1500)
+
+
 # What a row's `cut` are the options of.
 CUTS = {(Flash, 'tpu'): flash_tpu, (Flash, 'tiles'): flash_tiles,
         (Scan, 'tpu'): scan_tpu, (Scan, 'gpu'): scan_gpu,
-        (Chunked, 'tpu'): chunked_tpu}
+        (Chunked, 'tpu'): chunked_tpu, (Scores, 'xla'): scores_xla}
 
 
 def function(row, implementation):

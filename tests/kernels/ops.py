@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.kernels import chunked, flash, scan
+from attention.kernels import chunked, flash, scan, scores
 from attention.kernels.chunked import reference as chunked_reference
 from attention.kernels.flash import reference as flash_reference
 from attention.kernels.scan import reference as scan_reference
+from attention.kernels.scores import reference as scores_reference
+from attention.kernels.scores.fire import Fire
+from attention.kernels.scores.weights import Softmax, Weigh
 from tests.kernels.measure import TOLERANCE
 
 
@@ -148,7 +151,7 @@ class Flash(Row):
     return {name: every[name] for name in normal}
 
   def document(self, first, last):
-    ids = np.cumsum(super().document(first, last)['starts'], axis=1)
+    ids = np.cumsum(Row.document(self, first, last)['starts'], axis=1)
     return dict(q_ids=ids.astype(np.int32), kv_ids=ids.astype(np.int32))
 
   @staticmethod
@@ -241,6 +244,57 @@ class Chunked(Row):
   @staticmethod
   def call(op, *, s0=None, z0=None, **arguments):
     return op(**arguments, s0=s0 if z0 is None else (s0, z0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Scores(Row):
+  """A row of weighted_attention; weigh has `first` and `second` to learn."""
+  keys: int | None = None  # None: as many as queries
+  N: int = 4
+  K: int = 2
+  H: int = 8
+  V: int = 6
+  F: int = 3  # width of the network of fire
+  A: int = 1  # its inputs
+  weigh: Weigh = Softmax(2.0)
+  scale: float = 0.3
+  window: int = 0
+  softcap: float = 0.0
+  by_length: bool = False
+  fire: Fire | None = None
+  q_offset: int = 0
+
+  op = staticmethod(scores.weighted_attention)
+  definition = staticmethod(scores_reference.weighted_attention)
+  operands = dict(q='BTNH', k='BSKH', v='BSKV', q_ids='BT', kv_ids='BS',
+                  first='N', second='N', c='', multiplier='', w1='AF', b1='F',
+                  w2='FN', b2='N', positions='BT')
+  optional = 'q_ids kv_ids first second c multiplier w1 b1 w2 b2 positions'
+  low = 'q k v'
+  series = 'q k v'
+  static = 'weigh scale window softcap by_length fire q_offset'
+  results = dict(y='BTNV')
+
+  S = Flash.S
+
+  def suit(self, normal, rng):
+    every = Flash.suit(self, normal, rng) if 'q_ids' in normal else dict(
+        normal, v=normal['v'] + 0.5)
+    every['positions'] = np.tile(
+        np.arange(self.T, dtype=np.int32), (self.B, 1))
+    for name in {'first', 'second'} & every.keys():
+      every[name] = 1 + np.abs(every[name])
+    return {name: every[name] for name in normal}
+
+  document = Flash.document
+
+  @staticmethod
+  def call(op, *, q_ids=None, kv_ids=None, first=None, second=None, c=None,
+           multiplier=None, w1=None, b1=None, w2=None, b2=None, **arguments):
+    ids = None if q_ids is None else (q_ids, kv_ids)
+    learned = tuple(x for x in (first, second) if x is not None)
+    fire = None if c is None else (c, multiplier, (w1, b1), (w2, b2))
+    return op(**arguments, segment_ids=ids, learned=learned, fire_learned=fire)
 
 
 def random_starts(rng, rows, time, *, every=9):

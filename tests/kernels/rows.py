@@ -5,10 +5,14 @@ of options, the lengths and the widths besides. What is interpreted is slow:
 the fast tier has what a mistake in a kernel is most likely to break.
 """
 
+import math
+
 import jax.numpy as jnp
 
+from attention.kernels.scores import weights
+from attention.kernels.scores.fire import Fire
 from tests.kernels.measure import TOLERANCE
-from tests.kernels.ops import Chunked, Flash, Scan
+from tests.kernels.ops import Chunked, Flash, Scan, Scores
 
 NATIVE = dict(fast='xla plain', slow='tpu gpu')
 PAIRS = dict(slow='xla plain tpu gpu')
@@ -237,4 +241,35 @@ CHUNKED = (
           (64, 64, 4, 2), (128, 64, 2, 2), (80, 128, 3, 1), (96, 48, 2, 1))),
 )
 
-ROWS = FLASH + SCAN + CHUNKED
+BOTH = dict(fast='xla plain')
+LEARNED = 'first second'
+FIRE = 'c multiplier w1 b1 w2 b2 positions'
+
+SCORES = (
+    Scores(id='one token', T=1, **BOTH),
+    Scores(id='softmax', slow='xla plain'),
+    Scores(id='sink', weigh=weights.Softmax(math.e), has='first', **BOTH),
+    Scores(id='everything', T=100, window=20, softcap=2.0, by_length=True,
+           has=f'{PACKED} {LEARNED} {FIRE}', fire=Fire(1.0, 16.0, False),
+           weigh=weights.Strongermax(2.5, True, 2.0, 0.8, None), **BOTH),
+    Scores(id='chunk', keys=100, q_offset=37, window=50, by_length=True,
+           weigh=weights.Softplus(4.0), **BOTH),
+    Scores(id='empty rows', keys=100, q_offset=-20, slow='xla plain'),
+    # What fire learns are sums over all pairs of tokens.
+    Scores(id='multi-query', K=1, T=257, fire=Fire(1.5, 4.0, True), has=FIRE,
+           tolerance=5e-5, slow='xla plain'),
+    *(Scores(id=type(weigh).__name__.lower(), weigh=weigh, has=has,
+             slow='xla plain')
+      for weigh, has in (
+          (weights.Sigsoftmax(2.0), ''),
+          (weights.Strongermax(3.0, False, 2.0, None, None), LEARNED),
+          (weights.Consmax(math.e, 0.5), LEARNED),
+          (weights.Polymax(-0.5, 1.0, 1.5, 10.0, False), ''),
+          (weights.ExpPolymax(2.0, 1.0, 3.0, 10.0), ''),
+          (weights.Relumax(2, 10.0), ''),
+          (weights.Sigmoidmax(10.0), ''),
+          (weights.Squareplus(10.0), ''))),
+    Scores(id='bfloat16', has=PACKED, dtype=jnp.bfloat16, slow='xla plain'),
+)
+
+ROWS = FLASH + SCAN + CHUNKED + SCORES

@@ -14,11 +14,12 @@ from tests.kernels.measure import (
     assert_rounded,
     same_bits,
 )
-from tests.kernels.ops import Chunked, Flash, Scan
+from tests.kernels.ops import Chunked, Flash, Scan, Scores
 
 # Values for the series of a document: inside, they may do what they like.
 GARBAGE = {
     Flash: dict(finite=dict(q=5.0, k=1e3, v=-1e15)),
+    Scores: dict(finite=dict(q=5.0, k=1e3, v=-1e15)),
     Scan: {kind: dict.fromkeys(('x', 'dt', 'B', 'C', 'z'), value)
            for kind, value in (
                ('finite', 3.0), ('inf', np.inf), ('nan', np.nan))},
@@ -52,7 +53,7 @@ def everything(kind, implementation):
 
 def promises(**implementations):
   """Cases on the row of all options, fast where nothing is interpreted."""
-  kinds = dict(flash=Flash, scan=Scan, chunked=Chunked)
+  kinds = dict(flash=Flash, scan=Scan, chunked=Chunked, scores=Scores)
   return [param(everything(kinds[op], name), name,
                 fast=name not in ('tpu', 'gpu'))
           for op, names in implementations.items() for name in names.split()]
@@ -84,7 +85,7 @@ def test_low_precision_keeps_a_float32_state(row, implementation, results):
 
 @pytest.mark.parametrize('row, implementation', promises(
     flash='xla plain tiles tpu gpu', scan='xla tpu gpu',
-    chunked='xla tpu gpu'))
+    chunked='xla tpu gpu', scores='xla plain'))
 def test_same_bits_twice(row, implementation, results):
   operands = row.arguments(implementations.dtype(row, implementation))
   one, two = (results(row, implementation, operands) for _ in range(2))
@@ -117,6 +118,8 @@ def isolated(kind, implementation, garbage, first, last, *, id=None):
     isolated(Flash, 'plain', 'finite', 25, 50),
     isolated(Flash, 'tiles', 'finite', 75, 150),
     isolated(Flash, 'tpu', 'finite', 75, 150),
+    isolated(Scores, 'plain', 'finite', 25, 50),
+    isolated(Scores, 'xla', 'finite', 25, 50),
     *(isolated(Scan, 'xla', garbage, 25, 50)
       for garbage in ('finite', 'inf', 'nan')),
     *(isolated(Scan, 'tpu', garbage, 25, 50, id='everything')
@@ -176,7 +179,8 @@ def test_handing_the_state_on_equals_the_whole(row, implementation, capfd):
 
 SHORT = (Flash(id='sink', T=40, has='sink', fast='xla plain tiles'),
          Scan(id='state', T=10, has='h0', fast='xla'),
-         Chunked(id='state', T=10, has='s0', slow='xla'))
+         Chunked(id='state', T=10, has='s0', slow='xla'),
+         Scores(id='sink', has='first', fast='xla'))
 
 
 @functools.cache
@@ -228,7 +232,8 @@ def gradients(row, implementation, transformed):
 # does not vary over the mesh, what they end with does.
 TRANSFORMATIONS = {Flash: (checkpointed, scanned, mapped, sharded),
                    Scan: (checkpointed, mapped),
-                   Chunked: (checkpointed, mapped)}
+                   Chunked: (checkpointed, mapped),
+                   Scores: (checkpointed, scanned, mapped)}
 
 
 @pytest.mark.parametrize('row, implementation, transformation', [
