@@ -2,9 +2,10 @@
 
   s_ij = q_i . k_j / sqrt(H),  y_i = sum_j softmax_j(s_ij) v_j,  j <= i
 
-with grouped queries, rotary positions, qk norm, softcap, a window and an
-off-by-one softmax by flag. Time O(T^2), or O(T W) with a window of W; the
-state is the keys and values of all tokens, or of the last W - 1.
+with grouped queries, rotary positions, qk norm, softcap, a window, an
+off-by-one softmax and a gate on the heads by flag. Time O(T^2), or O(T W) with
+a window of W; the state is the keys and values of all tokens, or of the last
+W - 1.
 """
 
 import dataclasses
@@ -13,13 +14,14 @@ from flax import nnx
 
 from attention.common import heads
 from attention.common import options as flags
+from attention.common.gate import Gate
 from attention.common.softmax import Softmax
 from attention.common.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
-              flags.Window, Weights):
+              flags.Window, flags.OutputGate, Weights):
   pass
 
 
@@ -32,15 +34,16 @@ class Attention(nnx.Module):
     self.softmax = Softmax(
         config, options, kv_shape=(K, H), value_width=H, rngs=rngs)
     self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
+    self.gate = Gate(config, options, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     y, state = self.softmax(
         self.query(x), self.key(x), self.value(x), ctx, state)
-    return self.out(y), state
+    return self.out(self.gate(x, y)), state
 
   def init_state(self, batch, length):
     return self.softmax.init_state(batch, length)
 
   def flops(self, length):
-    dense = (self.query, self.key, self.value, self.out)
+    dense = (self.query, self.key, self.value, self.gate, self.out)
     return sum(e.flops for e in dense) + self.softmax.flops(length)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from attention.common import heads
 from attention.common import options as flags
+from attention.common.gate import Gate
 from attention.common.options import option
 from attention.common.softmax import Softmax
 from attention.common.weights import Weights
@@ -23,7 +24,7 @@ from attention.common.weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
-              flags.Window, Weights):
+              flags.Window, flags.OutputGate, Weights):
   n_qk_head_dim: int | None = option(
       None, 'width of queries and keys; none: n_embd / n_head', at_least=1)
   n_v_head_dim: int | None = option(
@@ -59,10 +60,12 @@ class Attention(nnx.Module):
     self.softmax = Softmax(
         config, options, kv_shape=(K, H), value_width=V, rngs=rngs)
     self.out = heads.out(config, heads=self.groups, width=V, rngs=rngs)
+    self.gate = Gate(config, options, width=V, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     y, state = self.softmax(
         self.query(x), self.key(x), self.value(x), ctx, state)
+    y = self.gate(x, y)
     B, T, N, V = y.shape
     if self.groups < N:
       y = y.reshape(B, T, self.groups, -1, V).sum(3)
@@ -72,5 +75,5 @@ class Attention(nnx.Module):
     return self.softmax.init_state(batch, length)
 
   def flops(self, length):
-    dense = (self.query, self.key, self.value, self.out)
+    dense = (self.query, self.key, self.value, self.gate, self.out)
     return sum(e.flops for e in dense) + self.softmax.flops(length)

@@ -22,6 +22,7 @@ from flax import nnx
 
 from attention.common import heads
 from attention.common import options as flags
+from attention.common.gate import Gate
 from attention.common.ops import flash_attention
 from attention.common.options import option
 from attention.common.softmax import init_cache, recall, visible
@@ -29,7 +30,8 @@ from model.layers import Einsum, RMSNorm, param, rotary
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(flags.RopeBase, flags.Softcap, flags.Window, flags.Flash):
+class Options(flags.RopeBase, flags.Softcap, flags.Window, flags.OutputGate,
+              flags.Flash):
   mla_latent_dim: int | None = option(
       None, 'width of the latent that keys and values are compressed to; '
       'none: n_embd / 4', at_least=1)
@@ -73,6 +75,7 @@ class Attention(nnx.Module):
         jnp.full(N, options.mla_lobo_init), 'N', decay=False
     ) if options.use_mla_lobo else None
     self.out = heads.out(config, heads=N, width=H, rngs=rngs)
+    self.gate = Gate(config, options, width=H, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
     turn = lambda x: rotary(x, ctx.positions, base=self.options.rope_base)
@@ -99,7 +102,7 @@ class Attention(nnx.Module):
     if absorbed:
       y = jnp.einsum(
           'BTNR,RNV->BTNV', y, self.value.weight[...].astype(y.dtype))
-    return self.out(y), state
+    return self.out(self.gate(x, y)), state
 
   def init_state(self, batch, length):
     width = self.rank + self.options.mla_rotary_dim
@@ -108,7 +111,8 @@ class Attention(nnx.Module):
 
   def flops(self, length):
     """Forward, per token, without a state."""
-    dense = (self.query, self.down, self.key, self.value, self.out)
+    dense = (self.query, self.down, self.key, self.value, self.gate,
+             self.out)
     widths = 2 * self.head_width + self.options.mla_rotary_dim
     return (sum(e.flops for e in dense)
             + 2 * self.n_head * widths * visible(length, self.window))

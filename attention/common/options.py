@@ -243,6 +243,14 @@ class Softcap(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
+class OutputGate(Flags):
+  attn_gate: str = option(
+      'none', 'sigmoid gate on the heads, computed from the input of the '
+      'layer: one number a head, or one an element',
+      choices=('none', 'head', 'element'))
+
+
+@dataclasses.dataclass(frozen=True)
 class Window(Flags):
   window_size: int | None = option(
       None, 'tokens that a query sees, itself included; none: all', at_least=1)

@@ -92,6 +92,7 @@ SETTINGS = {
     'use_qk_norm_scale': [
         (dict(use_qk_norm_scale=True), dict(use_qk_norm=True))],
     'attn_logit_softcapping': [dict(attn_logit_softcapping=0.7)],
+    'attn_gate': [dict(attn_gate='element'), dict(attn_gate='head')],
     'window_size': [dict(window_size=4), dict(window_size=1)],
     'use_flash_lobo': [dict(use_flash_lobo=True)],
     'use_flash_lobo_per_head': [

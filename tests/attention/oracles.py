@@ -48,6 +48,13 @@ def float64(parameter):
   return np.asarray(parameter[...], np.float64)
 
 
+def gated(gate, x, y):
+  """Qiu et al. 2025, equation 6: what a Gate makes of the heads y [B,T,N,V]."""
+  if gate.project is None:
+    return y
+  return y / (1 + np.exp(-dense(gate.project, x)))
+
+
 def rms(x, eps=1e-6):
   """x over its root mean square along the last axis."""
   return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)

@@ -13,14 +13,15 @@ from attention.kernels import dispatch
 from configs import default
 from model.sharding import Context
 from tests.attention import cases, weights
-from tests.attention.oracles import dense, float64, rms, rotate
+from tests.attention.oracles import dense, float64, gated, rms, rotate
 
 
 def oracle(mixer, x, *, positions, segment_ids):
   """Vaswani et al. 2017, section 3.2, one query at a time."""
   q, k, v = (dense(p, x) for p in (mixer.query, mixer.key, mixer.value))
-  return dense(mixer.out, softmax_attention(
-      mixer.softmax, q, k, v, positions=positions, segment_ids=segment_ids))
+  y = softmax_attention(
+      mixer.softmax, q, k, v, positions=positions, segment_ids=segment_ids)
+  return dense(mixer.out, gated(mixer.gate, x, y))
 
 
 def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
@@ -98,6 +99,7 @@ def example(T=7):
     (dict(n_head=5), 'n_head (5) must divide n_embd (24)'),
     (dict(attn_logit_softcapping=-1.0), 'attn_logit_softcapping (-1.0)'),
     (dict(window_size=-3), 'window_size (-3)'),
+    (dict(attn_gate='heads'), 'did you mean head?'),
     (dict(use_qk_norm_scale=True), 'use_qk_norm'),
     (dict(use_flash_lobo_per_head=True), 'use_flash_lobo'),
     (dict(use_flash_lobo=True, use_flash_obo_const=True),
@@ -189,6 +191,24 @@ def test_qk_norm_scale_is_a_cosine():
   np.testing.assert_allclose(run(mixer, x), before, atol=2e-5)
 
 
+@pytest.mark.parametrize('gate', ['head', 'element'])
+def test_a_gate_of_zero_weights_is_half_open(gate):
+  mixer, x = build(attn_gate=gate), example()
+  mixer.gate.project.weight[...] *= 0.0
+  np.testing.assert_allclose(run(mixer, x), run(build(), x) / 2, atol=1e-6)
+
+
+def test_a_closed_gate_is_finite_and_zero():
+  mixer, x = build(attn_gate='element', bias=True), example()
+  mixer.out.bias[...] *= 0.0
+  for bias in (-1e4, 1e4):
+    mixer.gate.project.bias[...] = jnp.full((6, 4), bias)
+    y = run(mixer, x)
+    assert np.isfinite(y).all() and y.any() == (bias > 0)
+    slopes = jax.grad(lambda m: (run(m, x) ** 2).sum())(mixer)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes))
+
+
 def test_window_keeps_a_ring_of_w_minus_one():
   state = build(window_size=5).init_state(2, 1000)
   assert [v.shape for v in state['values']] == [(2, 4, 6, 4)] * 2
@@ -204,6 +224,11 @@ def test_too_many_tokens_for_a_state():
   ctx = Context(jnp.arange(7)[None])
   with pytest.raises(ValueError, match='7 tokens do not fit .* length 6'):
     mixer(jnp.asarray(x, jnp.float32), ctx, mixer.init_state(1, 6))
+
+
+@pytest.mark.parametrize('gate, columns', [('head', 6), ('element', 24)])
+def test_a_gate_has_its_flops(gate, columns):
+  assert build(attn_gate=gate).flops(8) - build().flops(8) == 2 * 24 * columns
 
 
 @pytest.mark.parametrize('window', [None, 3])

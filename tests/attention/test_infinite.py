@@ -29,7 +29,7 @@ def oracle(mixer, x, *, positions, segment_ids):
     sink = np.zeros(N) + np.asarray(mixer.softmax.log_sink[...], np.float64)
   cap, window = options.attn_logit_softcapping, options.window_size or T
   groups = N if options.use_concat_heads else options.n_cproj or 1
-  sums = np.zeros((B, T, groups, V))
+  y = np.zeros((B, T, N, V))
   for b, t, n in np.ndindex(B, T, N):
     s = np.array([j for j in range(max(0, t - window + 1), t + 1)
                   if segment_ids[b, j] == segment_ids[b, t]])
@@ -39,8 +39,10 @@ def oracle(mixer, x, *, positions, segment_ids):
     w = weights.of(
         mixer.softmax, scores, head=n, distances=t - s,
         position=positions[b, t], off_by=0 if sink is None else np.exp(sink[n]))
-    sums[b, t, n // (N // groups)] += w @ v[b, s, n // per_key]
-  return oracles.dense(mixer.out, sums)
+    y[b, t, n] = w @ v[b, s, n // per_key]
+  y = oracles.gated(mixer.gate, x, y)
+  return oracles.dense(
+      mixer.out, y.reshape(B, T, groups, N // groups, V).sum(3))
 
 
 def of(**flags):

@@ -34,7 +34,7 @@ def oracle(mixer, x, *, positions, segment_ids):
     if options.use_mla_lobo:
       total += np.exp(np.float64(mixer.log_sink[...][n]))
     heads[b, t, n] = np.exp(scores) @ v[b, s, n] / total
-  return oracles.dense(mixer.out, heads)
+  return oracles.dense(mixer.out, oracles.gated(mixer.gate, x, heads))
 
 
 def of(**flags):

@@ -96,6 +96,12 @@ DEEPSEEK_V2 = {
     'out.weight': 'o_proj.weight',
     'out.bias': 'o_proj.bias',
 }
+# Their query projection has a head's queries and its gates side by side.
+QWEN3_NEXT = PROJECTIONS | {
+    'query.weight': lambda w: rows(w['q_proj.weight'], 2 * H, np.r_[:H]),
+    'gate.project.weight': lambda w: rows(
+        w['q_proj.weight'], 2 * H, np.r_[H:2 * H]),
+}
 MAMBA = {
     'input.weight': lambda w: w['in_proj.weight'][:E],
     'input.bias': lambda w: w['in_proj.bias'][:E],
@@ -206,6 +212,12 @@ MODELS = {
     'qwen3-scaled': QWEN3(
         ROTARY | dict(use_qk_norm=True, use_qk_norm_scale=True), QWEN3_SCALED,
         constants=QWEN_NORMS),
+    # The weights of its norms are what they add to 1.
+    'qwen3_next': Model(
+        'qwen3_next', 'Qwen3Next', 'Attention',
+        GROUPED | dict(partial_rotary_factor=1.0),
+        'causal', ROTARY | dict(use_qk_norm=True, attn_gate='element'),
+        QWEN3_NEXT, constants=dict.fromkeys(QWEN_NORMS, 0.0)),
     'gemma2': Model(
         'gemma2', 'Gemma2', 'Attention',
         GROUPED | dict(attn_logit_softcapping=CAP, sliding_window=WINDOW,
