@@ -61,7 +61,8 @@ class Attention(nnx.Module):
     """Queries or keys [B,T,N,H] as phi maps them, in their dtype."""
     options = self.options
     if options.use_rotary_embeddings:
-      x = rotary(x, ctx.positions, base=options.rope_base)
+      x = rotary(x, ctx.positions, base=options.rope_base,
+                 fraction=options.rope_fraction)
     if options.use_qk_norm:
       x = rms_normalize(x)
     return feature_map(self.g[...] * x.astype(jnp.float32)).astype(x.dtype)

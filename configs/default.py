@@ -67,6 +67,9 @@ class Model:
       'rmsnorm', 'norm of the blocks', choices=('rmsnorm', 'layernorm'))
   use_abs_pos_embeddings: bool = option(True, 'learned position embeddings')
   tie_embeddings: bool = option(True, 'the head is the token embedding')
+  final_logit_softcapping: float | None = option(
+      None, 'logits become cap tanh(logit / cap); bare flag: 30, none: off',
+      bare=30.0, at_least=0)
   init_std: float = option(
       0.05, 'standard deviation of initial weights; GPT-2 has 0.02',
       runtime=True, at_least=0)

@@ -14,6 +14,7 @@ class Embed(nnx.Module):
         rngs.params(), shape)
     D = config.n_embd
     self.dtype = config.compute_dtype
+    self.softcap = config.final_logit_softcapping
     self.tokens = param(normal(vocab_size, D), 'UD')
     self.positions = param(
         normal(config.block_size, D), 'TD'
@@ -33,5 +34,8 @@ class Embed(nnx.Module):
   def logits(self, x):
     """[..., D] -> float32 [..., U]."""
     head = self.tokens if self.head is None else self.head
-    return jnp.einsum('...D,UD->...U', x, head[...].astype(x.dtype),
-                      preferred_element_type=jnp.float32)
+    logits = jnp.einsum('...D,UD->...U', x, head[...].astype(x.dtype),
+                        preferred_element_type=jnp.float32)
+    if not self.softcap:
+      return logits
+    return self.softcap * jnp.tanh(logits / self.softcap)

@@ -94,17 +94,27 @@ def norm(config, width):
   return NORMS[config.norm_variant](width, bias=config.bias)
 
 
-def rotary(x, positions, *, base):
+def rotary(x, positions, *, base, fraction=1.0):
   """Rotates pairs (h, h + H/2) by their positions (Su et al. 2021).
 
   Args:
     x: [B,T,N,H], H even.
     positions: [B,T].
     base: wavelengths run from 2 pi to 2 pi base.
+    fraction: if below 1, the part of H that is rotated, rounded down to an
+      even number and at least 2: the first numbers of a head, as if they were
+      all. The others know nothing of positions.
 
   Returns:
     [B,T,N,H], in x's dtype; angles are float32.
+
+  Raises:
+    ValueError: what is to be rotated is of odd width.
   """
+  if fraction < 1:
+    turned, still = jnp.split(
+        x, [max(int(fraction * x.shape[-1]) // 2 * 2, 2)], -1)
+    return jnp.concatenate([rotary(turned, positions, base=base), still], -1)
   half = x.shape[-1] // 2
   if x.shape[-1] % 2:
     raise ValueError(

@@ -191,6 +191,10 @@ class Rotary(Flags):
   use_rotary_embeddings: bool = option(
       False, 'rotate queries and keys by their positions')
   rope_base: float = _rope_base(needs=('use_rotary_embeddings',))
+  rope_fraction: float = option(
+      1.0, 'part of the head width, its first numbers, that is rotated; '
+      'rounded down to an even number, at least 2',
+      needs=('use_rotary_embeddings',), above=0, at_most=1)
 
 
 @dataclasses.dataclass(frozen=True)

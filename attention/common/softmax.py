@@ -140,7 +140,8 @@ class Softmax(nnx.Module):
     """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state)."""
     options, scale = self.options, q.shape[-1] ** -0.5
     if options.use_rotary_embeddings:
-      q, k = (rotary(x, ctx.positions, base=options.rope_base) for x in (q, k))
+      q, k = (rotary(x, ctx.positions, base=options.rope_base,
+                     fraction=options.rope_fraction) for x in (q, k))
     if options.use_qk_norm:
       q, k = rms_normalize(q), rms_normalize(k)
     if self.g is not None:

@@ -88,6 +88,9 @@ SETTINGS = {
     'n_kv_group': [dict(n_kv_group=2), dict(n_kv_group=1)],
     'use_rotary_embeddings': [dict(use_rotary_embeddings=True)],
     'rope_base': [(dict(rope_base=50.0), dict(use_rotary_embeddings=True))],
+    'rope_fraction': [
+        (dict(rope_fraction=0.6), dict(use_rotary_embeddings=True)),
+        (dict(rope_fraction=0.1), dict(use_rotary_embeddings=True))],
     'use_qk_norm': [dict(use_qk_norm=True)],
     'use_qk_norm_scale': [
         (dict(use_qk_norm_scale=True), dict(use_qk_norm=True))],

@@ -60,16 +60,18 @@ def rms(x, eps=1e-6):
   return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
-def rotate(x, positions, base):
+def rotate(x, positions, base, fraction=1.0):
   """Rotary embeddings as complex numbers (Su et al. 2021, eq. 12).
 
   Args:
     x: [B,T,N,H].
     positions: [B,T].
     base: of the wavelengths.
+    fraction: of the head's numbers, the first of which are rotated in pairs.
   """
+  x, still = np.split(x, [2 * max(int(fraction * x.shape[-1] / 2), 1)], -1)
   half = x.shape[-1] // 2
   z = x[..., :half] + 1j * x[..., half:]
   angle = positions[:, :, None, None] / base ** (np.arange(half) / half)
   z = z * np.exp(1j * angle)
-  return np.concatenate([z.real, z.imag], -1)
+  return np.concatenate([z.real, z.imag, still], -1)

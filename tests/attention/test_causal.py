@@ -39,7 +39,8 @@ def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
   B, T, N, H = q.shape
   scale = 1 / math.sqrt(H)
   if options.use_rotary_embeddings:
-    q, k = (rotate(a, positions, options.rope_base) for a in (q, k))
+    q, k = (rotate(a, positions, options.rope_base, options.rope_fraction)
+            for a in (q, k))
   if options.use_qk_norm:
     q, k = rms(q), rms(k)
   if options.use_qk_norm_scale:
@@ -96,6 +97,9 @@ def example(T=7):
     (dict(n_kv_group=0), 'n_kv_group (0)'),
     (dict(n_kv_group=12), 'use 1, 2, 3 or 6'),
     (dict(n_kv_group=-1), 'n_kv_group (-1)'),
+    (dict(rope_fraction=1.5, use_rotary_embeddings=True),
+     'rope_fraction (1.5) must be more than 0 and at most 1'),
+    (dict(rope_fraction=0.5), 'rope_fraction=0.5 has no effect'),
     (dict(n_head=5), 'n_head (5) must divide n_embd (24)'),
     (dict(attn_logit_softcapping=-1.0), 'attn_logit_softcapping (-1.0)'),
     (dict(window_size=-3), 'window_size (-3)'),

@@ -16,7 +16,9 @@ def oracle(mixer, x, *, positions, segment_ids):
   q, k, v = (oracles.dense(m, x) for m in (mixer.query, mixer.key, mixer.value))
   (B, T, N, H), per_key, V = q.shape, q.shape[2] // k.shape[2], v.shape[-1]
   if options.use_rotary_embeddings:
-    q, k = (oracles.rotate(a, positions, options.rope_base) for a in (q, k))
+    q, k = (oracles.rotate(
+        a, positions, options.rope_base, options.rope_fraction)
+            for a in (q, k))
   scale = 1 / np.sqrt(H)
   if options.use_qk_norm:
     q, k = oracles.rms(q), oracles.rms(k)

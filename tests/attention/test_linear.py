@@ -47,7 +47,8 @@ def oracle(mixer, x, *, positions, segment_ids):
 
   def phi(x):
     if options.use_rotary_embeddings:
-      x = oracles.rotate(x, positions, options.rope_base)
+      x = oracles.rotate(
+          x, positions, options.rope_base, options.rope_fraction)
     if options.use_qk_norm:
       x = oracles.rms(x)
     x = oracles.float64(mixer.g) * x

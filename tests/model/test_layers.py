@@ -82,6 +82,18 @@ def test_rotary_needs_an_even_width():
     layers.rotary(normal(1, 2, 1, 3), jnp.arange(2)[None], base=1e4)
 
 
+@pytest.mark.parametrize('width, fraction, turned', [
+    (8, 0.25, 2), (8, 0.1, 2), (20, 0.3, 6), (20, 0.39, 6), (7, 0.99, 6),
+    (100, 0.29, 28)])
+def test_a_fraction_rotates_the_first_numbers_as_if_they_were_all(
+    width, fraction, turned):
+  x, positions = normal(1, 5, 2, width), jnp.arange(5)[None]
+  y = layers.rotary(x, positions, base=50.0, fraction=fraction)
+  np.testing.assert_array_equal(
+      y[..., :turned], layers.rotary(x[..., :turned], positions, base=50.0))
+  np.testing.assert_array_equal(y[..., turned:], x[..., turned:])
+
+
 @pytest.mark.parametrize('make, want', [
     (layers.RMSNorm, lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True))),
     (layers.LayerNorm, lambda x: (x - x.mean(-1, keepdims=True)) / x.std(

@@ -215,8 +215,9 @@ MODELS = {
     # The weights of its norms are what they add to 1.
     'qwen3_next': Model(
         'qwen3_next', 'Qwen3Next', 'Attention',
-        GROUPED | dict(partial_rotary_factor=1.0),
-        'causal', ROTARY | dict(use_qk_norm=True, attn_gate='element'),
+        GROUPED | dict(partial_rotary_factor=0.5),
+        'causal', ROTARY | dict(
+            use_qk_norm=True, rope_fraction=0.5, attn_gate='element'),
         QWEN3_NEXT, constants=dict.fromkeys(QWEN_NORMS, 0.0)),
     'gemma2': Model(
         'gemma2', 'Gemma2', 'Attention',
