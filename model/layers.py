@@ -63,12 +63,13 @@ def rms_normalize(x, *, eps=1e-6):
 class RMSNorm(nnx.Module):
   """Root mean square norm with a weight (Zhang & Sennrich 2019)."""
 
-  def __init__(self, width, *, bias=False):
+  def __init__(self, width, *, bias=False, eps=1e-6):
     del bias  # Has none, by definition.
+    self.eps = eps
     self.weight = param(jnp.ones(width), '_')
 
   def __call__(self, x):
-    return rms_normalize(x) * self.weight[...].astype(x.dtype)
+    return rms_normalize(x, eps=self.eps) * self.weight[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -57,7 +57,7 @@ def _spec(letters):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=['positions', 'segment_ids', 'dropout_key'],
+    data_fields=['positions', 'segment_ids', 'dropout_key', 'depth'],
     meta_fields=['mesh'])
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -70,11 +70,14 @@ class Context:
       wherever the position is 0.
     dropout_key: random key, or None when nothing is to be dropped.
     mesh: the device mesh, or None on a single device.
+    depth: the number of layers before this one. Not known while compiling, as
+      layers that are alike share a program.
   """
   positions: jax.Array
   segment_ids: jax.Array | None = None
   dropout_key: jax.Array | None = None
   mesh: jax.sharding.Mesh | None = None
+  depth: int | jax.Array = 0
 
   @property
   def starts(self):

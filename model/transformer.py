@@ -1,5 +1,7 @@
 """A decoder-only transformer whose layers mix tokens in any of several ways."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +186,7 @@ def _run(x, blocks, states, ctx, *, first):
     if key is not None:
       key = jax.random.fold_in(key, first + i)
     x, state = block(
-        x, Context(ctx.positions, ctx.segment_ids, key, ctx.mesh),
+        x, dataclasses.replace(ctx, dropout_key=key, depth=first + i - 1),
         None if states is None else states[i])
     after.append(state)
   return x, None if states is None else after

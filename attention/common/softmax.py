@@ -111,6 +111,22 @@ def sink_values(log_sink, options, n_head):
   return None
 
 
+def place(q, k, ctx, options):
+  """q and k [B,T,N,H] rotated and normalised, where the options say so.
+
+  Args:
+    q, k: of any numbers of heads.
+    ctx: the Context, for the positions.
+    options: they have the groups Rotary and PlainQKNorm.
+  """
+  if options.use_rotary_embeddings:
+    q, k = (rotary(x, ctx.positions, base=options.rope_base,
+                   fraction=options.rope_fraction) for x in (q, k))
+  if options.use_qk_norm:
+    q, k = rms_normalize(q), rms_normalize(k)
+  return q, k
+
+
 class Softmax(nnx.Module):
   """Rotary, qk norm, softcap, window, weights and bias, over given q, k, v.
 
@@ -139,11 +155,7 @@ class Softmax(nnx.Module):
   def __call__(self, q, k, v, ctx, state=None):
     """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state)."""
     options, scale = self.options, q.shape[-1] ** -0.5
-    if options.use_rotary_embeddings:
-      q, k = (rotary(x, ctx.positions, base=options.rope_base,
-                     fraction=options.rope_fraction) for x in (q, k))
-    if options.use_qk_norm:
-      q, k = rms_normalize(q), rms_normalize(k)
+    q, k = place(q, k, ctx, options)
     if self.g is not None:
       # |rms_normalize(q)| = sqrt(H), so that s = g cos(q, k).
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]

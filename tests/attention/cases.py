@@ -128,6 +128,8 @@ SETTINGS = {
     'n_v_head_dim': [dict(n_v_head_dim=5)],
     'n_cproj': [dict(n_cproj=2)],
     'use_concat_heads': [dict(use_concat_heads=True)],
+    'differential_lambda_init': [
+        dict(differential_lambda_init=0.8), dict(differential_lambda_init=0.0)],
     'rglru_width': [dict(rglru_width=24)],
     'rglru_conv_kernel_size': [
         dict(rglru_conv_kernel_size=2), dict(rglru_conv_kernel_size=1)],

@@ -20,8 +20,8 @@ from tests.attention import cases, readme
 from tests.kernels import accelerators
 
 # Which op each variant must run as a Pallas kernel.
-OPS = {'causal': 'flash', 'infinite': 'flash', 'mla': 'flash', 'rglru': 'scan',
-       'ssm': 'scan', 'identity': None}
+OPS = {'causal': 'flash', 'differential': 'flash', 'infinite': 'flash',
+       'mla': 'flash', 'rglru': 'scan', 'ssm': 'scan', 'identity': None}
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_a_flag_is_explained(said, topic):
   assert said(f'--help={topic}') == (
       '  --window_size  (none)\n'
       '      tokens that a query sees, itself included; none: all\n'
-      '  of causal, infinite, mla\n')
+      '  of causal, differential, infinite, mla\n')
   assert said('--help', 'seed') == help.text('seed') + '\n'
 
 

@@ -55,6 +55,12 @@ def rows(weight, per_head, chosen):
   return weight.reshape(-1, weight.shape[-1])
 
 
+def halves(name, heads):
+  """Their heads of width H / 2, those of the first half of ours at first."""
+  return lambda w: np.moveaxis(
+      w[name].reshape(2, heads, H // 2, D), 0, 1).reshape(-1, D)
+
+
 # DeepSeek rotates neighbours (2h, 2h + 1), ours (h, h + r / 2): the numbers of
 # a rotary part, in our order.
 UNPAIRED = np.r_[0:r:2, 1:r:2]
@@ -101,6 +107,15 @@ QWEN3_NEXT = PROJECTIONS | {
     'query.weight': lambda w: rows(w['q_proj.weight'], 2 * H, np.r_[:H]),
     'gate.project.weight': lambda w: rows(
         w['q_proj.weight'], 2 * H, np.r_[H:2 * H]),
+}
+DIFFLLAMA = {
+    'query.weight': halves('q_proj.weight', N),
+    'key.weight': halves('k_proj.weight', K),
+    'value.weight': halves('v_proj.weight', K),
+    'lambda_q': lambda w: np.stack([w['lambda_q1'], w['lambda_q2']], 1),
+    'lambda_k': lambda w: np.stack([w['lambda_k1'], w['lambda_k2']], 1),
+    'norm.weight': lambda w: np.ones(H),  # They have none.
+    'out.weight': 'o_proj.weight',
 }
 MAMBA = {
     'input.weight': lambda w: w['in_proj.weight'][:E],
@@ -232,6 +247,12 @@ MODELS = {
             bias=True, window_size=WINDOW, use_flash_lobo=True,
             use_flash_lobo_per_head=True),
         GPT_OSS),
+    'diffllama': Model(
+        'diffllama', 'DiffLlama', 'Attention',
+        ATTENTION | dict(
+            num_attention_heads=2 * N, num_key_value_heads=2 * K,
+            head_dim=H // 2),
+        'differential', ROTARY, DIFFLLAMA),
     'deepseek_v2': Model(
         'deepseek_v2', 'DeepseekV2', 'Attention',
         ATTENTION | dict(
