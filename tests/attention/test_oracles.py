@@ -15,7 +15,7 @@ from tests.attention import cases, oracles
 from tests.attention.cases import build, close, inputs
 
 LENGTHS = 1, 63, 64, 65, 257
-STEP = 1e-4
+STEP = 1e-5
 
 every_case = pytest.mark.parametrize('case', cases.MAIN, ids=str)
 ways = pytest.mark.parametrize('packed', [False, True], ids=['one', 'packed'])
