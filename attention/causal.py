@@ -21,7 +21,7 @@ from attention.common.weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
-              flags.Window, flags.OutputGate, Weights):
+              flags.Window, flags.Exclusive, flags.OutputGate, Weights):
   pass
 
 

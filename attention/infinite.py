@@ -24,7 +24,7 @@ from attention.common.weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.GroupedQueries, flags.Rotary, flags.QKNorm, flags.Softcap,
-              flags.Window, flags.OutputGate, Weights):
+              flags.Window, flags.Exclusive, flags.OutputGate, Weights):
   n_qk_head_dim: int | None = option(
       None, 'width of queries and keys; none: n_embd / n_head', at_least=1)
   n_v_head_dim: int | None = option(

@@ -255,6 +255,13 @@ class OutputGate(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
+class Exclusive(Flags):
+  attn_xsa: bool = option(
+      False, 'exclusive self attention: heads return nothing along the '
+      "token's own value")
+
+
+@dataclasses.dataclass(frozen=True)
 class Window(Flags):
   window_size: int | None = option(
       None, 'tokens that a query sees, itself included; none: all', at_least=1)

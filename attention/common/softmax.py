@@ -10,6 +10,8 @@ from attention.common.ops import flash_attention, weighted_attention
 from attention.common.weights import FireBias, Learned
 from model.layers import param, rms_normalize, rotary
 
+LEAST = 1e-24  # Of a squared length: what is zero has no direction.
+
 
 def init_cache(shapes, *, batch, length, window, dtype):
   """An empty cache of one array per entry of `shapes`, per-token shapes.
@@ -127,10 +129,32 @@ def place(q, k, ctx, options):
   return q, k
 
 
+def exclude(y, v):
+  """Heads without what is along their token's own value.
+
+  Exclusive self attention, Zhai 2026 (https://arxiv.org/abs/2603.09078):
+  y - (y . u) u in float32, u = v / |v|; where v is zero, y itself.
+
+  Args:
+    y: [B,T,N,V].
+    v: [B,T,K,V], of the tokens of y.
+
+  Returns:
+    [B,T,N,V], in y's dtype.
+  """
+  B, T, K, V = v.shape
+  groups = y.astype(jnp.float32).reshape(B, T, K, -1, V)
+  own = v.astype(jnp.float32)[:, :, :, None]
+  own *= jax.lax.rsqrt(
+      jnp.maximum((own * own).sum(-1, keepdims=True), LEAST))
+  along = (groups * own).sum(-1, keepdims=True)
+  return (groups - along * own).reshape(y.shape).astype(y.dtype)
+
+
 class Softmax(nnx.Module):
   """Rotary, qk norm, softcap, window, weights and bias, over given q, k, v.
 
-  `options` has the groups Rotary, QKNorm, Softcap and Window of
+  `options` has the groups Rotary, QKNorm, Softcap, Window and Exclusive of
   attention.common.options, and Weights of attention.common.weights.
   """
 
@@ -159,9 +183,11 @@ class Softmax(nnx.Module):
     if self.g is not None:
       # |rms_normalize(q)| = sqrt(H), so that s = g cos(q, k).
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]
+    own = v
     (k, v), visible_to, state = recall(
         (k, v), ctx, state, window=self.window)
-    return self._attend(q, k, v, ctx, visible_to, scale), state
+    y = self._attend(q, k, v, ctx, visible_to, scale)
+    return exclude(y, own) if options.attn_xsa else y, state
 
   def _attend(self, q, k, v, ctx, visible_to, scale):
     options = self.options

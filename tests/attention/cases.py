@@ -95,6 +95,7 @@ SETTINGS = {
     'use_qk_norm_scale': [
         (dict(use_qk_norm_scale=True), dict(use_qk_norm=True))],
     'attn_logit_softcapping': [dict(attn_logit_softcapping=0.7)],
+    'attn_xsa': [dict(attn_xsa=True)],
     'attn_gate': [dict(attn_gate='element'), dict(attn_gate='head')],
     'window_size': [dict(window_size=4), dict(window_size=1)],
     'use_flash_lobo': [dict(use_flash_lobo=True)],
@@ -147,11 +148,12 @@ NEEDS = {
     ('co4', 'disable_flash_attention'): dict(co4_mode='exact'),
 }
 
-# Not part of the row of all flags together, as they exclude others of it.
+# Not part of the row of all flags together, as they exclude others of it, or
+# leave nothing of a first token.
 ALONE = ('attention_kernel', 'use_flash_obo_const', 'use_concat_heads',
          'softmax_variant_attn', 'consmax_v2_clamp_value',
          'strongermax_clamp_value', 'pfla_softmax_gamma_init',
-         'pfla_softmax_use_learned_obo', 'pfla_softmax_obo')
+         'pfla_softmax_use_learned_obo', 'pfla_softmax_obo', 'attn_xsa')
 
 MODEL = dict(n_embd=32, n_head=4, n_layer=2, block_size=16, vocab_size=32,
              init_std=0.1)

@@ -59,6 +59,9 @@ def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
     w = weights.of(softmax, s, head=n, distances=t - np.array(seen),
                    position=positions[b, t], off_by=_off_by(softmax, n))
     y[b, t, n] = w @ v[b, seen, group]
+    if options.attn_xsa:
+      own = v[b, t, group] / np.linalg.norm(v[b, t, group])
+      y[b, t, n] -= (y[b, t, n] @ own) * own
   return y
 
 
@@ -211,6 +214,26 @@ def test_a_closed_gate_is_finite_and_zero():
     assert np.isfinite(y).all() and y.any() == (bias > 0)
     slopes = jax.grad(lambda m: (run(m, x) ** 2).sum())(mixer)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize('groups', [6, 2])
+def test_exclusive_heads_are_orthogonal_to_their_own_value(groups):
+  mixer, x = build(attn_xsa=True, n_kv_group=groups), example(T=33)
+  mixer.out.weight[...] = jnp.eye(24).reshape(6, 4, 24)
+  y = np.asarray(run(mixer, x)).reshape(1, 33, 6, 4)
+  v = np.repeat(dense(mixer.value, x), 6 // groups, axis=2)
+  along = (y * v).sum(-1) / np.linalg.norm(v, axis=-1)
+  assert np.abs(along).max() < 1e-6 < np.abs(y[:, 1:]).min(-1).max()
+  np.testing.assert_allclose(y[:, 0], 0, atol=1e-6)  # It sees itself alone.
+
+
+@pytest.mark.parametrize('size', [0.0, 1e-30, 1e12])
+def test_exclusive_heads_of_any_value_are_finite(size):
+  mixer, x = build(attn_xsa=True), example()
+  mixer.value.weight[...] *= size
+  y, slopes = jax.value_and_grad(lambda m: run(m, x).sum())(mixer)
+  assert np.isfinite(y)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes))
 
 
 def test_window_keeps_a_ring_of_w_minus_one():

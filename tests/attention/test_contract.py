@@ -131,7 +131,9 @@ def test_no_token_sees_a_later_one(case):
 def test_every_token_sees_itself(case):
   seen = measure(case)['sensitivity']
   assert np.isfinite(seen).all()
-  assert (seen[np.arange(T), np.arange(T)] > 0).all()
+  # What is along its own value is all that a first token sees.
+  some = np.arange(int('attn_xsa' in dict(case.flags)), T)
+  assert (seen[some, some] > 0).all()
 
 
 @every_case

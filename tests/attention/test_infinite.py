@@ -42,6 +42,9 @@ def oracle(mixer, x, *, positions, segment_ids):
         mixer.softmax, scores, head=n, distances=t - s,
         position=positions[b, t], off_by=0 if sink is None else np.exp(sink[n]))
     y[b, t, n] = w @ v[b, s, n // per_key]
+    if options.attn_xsa:
+      own = v[b, t, n // per_key]
+      y[b, t, n] -= own * (y[b, t, n] @ own) / (own @ own)
   y = oracles.gated(mixer.gate, x, y)
   return oracles.dense(
       mixer.out, y.reshape(B, T, groups, N // groups, V).sum(3))

@@ -17,7 +17,8 @@ from tests.attention.cases import build, close, inputs
 LENGTHS = 1, 63, 64, 65, 257
 STEP = 1e-5
 
-every_case = pytest.mark.parametrize('case', cases.MAIN, ids=str)
+every_case = pytest.mark.parametrize('case', [
+    *cases.MAIN, *(c for c in cases.SINGLE if c.flag == 'attn_xsa')], ids=str)
 ways = pytest.mark.parametrize('packed', [False, True], ids=['one', 'packed'])
 
 
@@ -27,6 +28,11 @@ def documents(T, packed):
     return None
   marks = np.random.default_rng(0).random((2, T)) < 6 / (T + 6)
   return jnp.asarray(np.cumsum(marks, 1), jnp.int32)
+
+
+def skip_what_is_zero(case, T):
+  if case.flag == 'attn_xsa' and T == 1:
+    pytest.skip('a first token returns nothing')
 
 
 def positions(x, ids):
@@ -57,6 +63,7 @@ def defined(case, mixer, x, ids):
 @pytest.mark.parametrize('T', LENGTHS)
 @every_case
 def test_outputs_at_every_length(case, T, packed):
+  skip_what_is_zero(case, T)
   mixer, x, ids = build(case), inputs(T), documents(T, packed)
   close(outputs(mixer, x, ids), defined(case, mixer, x, ids), 1e-5)
 
@@ -67,6 +74,7 @@ def test_outputs_at_every_length(case, T, packed):
     pytest.param(65, marks=pytest.mark.slow)])
 @every_case
 def test_gradients(case, T, packed):
+  skip_what_is_zero(case, T)
   mixer, x, ids = build(case), inputs(T), documents(T, packed)
   rng = np.random.default_rng(1)
   part = rng.standard_normal(x.shape)
