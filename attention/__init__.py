@@ -42,8 +42,8 @@ from attention.common import specs
 from attention.common.options import nearest
 from attention.common.specs import period, shortest
 
-__all__ = ['build', 'check', 'flags', 'get', 'layers', 'listed', 'names',
-           'period', 'shortest', 'users']
+__all__ = ['build', 'check', 'flags', 'get', 'layers', 'listed',
+           'mixes_values', 'names', 'period', 'shortest', 'users']
 
 
 @functools.cache
@@ -95,6 +95,30 @@ def build(layer, config, *, rngs):
   return module.Attention(config, layer.options(module, config), rngs=rngs)
 
 
+def mixes_values(config):
+  """Whether layers mix the values of the first layer into their own.
+
+  Raises:
+    ValueError: the first layer is none of them, or has other heads.
+  """
+  def heads(layer):
+    """(N, K) of a layer that mixes, or None."""
+    options = layer.options(get(layer.variant), config)
+    if 'causal_value_residual' not in flags(
+        layer.variant) or not options.causal_value_residual:
+      return None
+    N = layer.config(config).n_head
+    return N, options.kv_heads(N)
+  first, *others = found = layers(config)
+  for layer in others:
+    if heads(layer) not in (None, heads(first)):
+      raise ValueError(
+          f'causal_value_residual of {layer} mixes in values of the first '
+          f'layer, {first}: give that one the flag too, and the same n_head '
+          'and n_kv_group')
+  return any(map(heads, found))
+
+
 def check(config):
   """Raises ValueError for layers that cannot be, and flags without effect."""
   used = dict.fromkeys(layers(config))
@@ -121,6 +145,7 @@ def check(config):
         f'{flag}={config[flag]} has no effect: no layer honours it (variants '
         f'in use: {", ".join(sorted({x.variant for x in used}))}); drop the '
         f'flag or use one of {", ".join(users(flag))}')
+  mixes_values(config)
 
 
 def _holds(options, need):

@@ -57,7 +57,8 @@ def _spec(letters):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=['positions', 'segment_ids', 'dropout_key', 'depth'],
+    data_fields=['positions', 'segment_ids', 'dropout_key', 'depth',
+                 'first_values'],
     meta_fields=['mesh'])
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -72,12 +73,15 @@ class Context:
     mesh: the device mesh, or None on a single device.
     depth: the number of layers before this one. Not known while compiling, as
       layers that are alike share a program.
+    first_values: [B,T,K,V], the values of the first layer, where a layer mixes
+      them into its own, or None: this is the first layer.
   """
   positions: jax.Array
   segment_ids: jax.Array | None = None
   dropout_key: jax.Array | None = None
   mesh: jax.sharding.Mesh | None = None
   depth: int | jax.Array = 0
+  first_values: jax.Array | None = None
 
   @property
   def starts(self):

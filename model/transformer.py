@@ -53,6 +53,7 @@ class Transformer(nnx.Module):
     self.remat = config.remat
     self.unroll = config.scan_unroll or repeats
     self.rate = config.dropout
+    self.mixes_values = attention.mixes_values(config)
     self.vocab_size, self.width = config.vocab_size, config.n_embd
     self.block_size = config.block_size
     self.longest = (
@@ -102,6 +103,12 @@ class Transformer(nnx.Module):
     ctx = Context(positions, segment_ids, dropout_key, mesh)
     x = ctx.dropout(self.embed(tokens, ctx), self.rate, salt=0)
     x = ctx.constrain(x, 'BTD')
+    if self.mixes_values:
+      # Made once more, so that no layer hands on more than x: of unrolled
+      # layers the compiler makes them once.
+      first = jax.tree.map(lambda p: p[0], self.periods[0])
+      ctx = dataclasses.replace(
+          ctx, first_values=first.mixer.value(first.mixer_norm(x)))
     period_states, tail_states = (None, None) if state is None else state
 
     def body(x, layers):

@@ -121,6 +121,7 @@ SETTINGS = {
     'mla_rotary_dim': [dict(mla_rotary_dim=6)],
     'use_mla_lobo': [dict(use_mla_lobo=True)],
     'mla_lobo_init': [(dict(mla_lobo_init=1.5), dict(use_mla_lobo=True))],
+    'causal_value_residual': [dict(causal_value_residual=True)],
     'n_latent': [dict(n_latent=3)],
     'triadic_loops': [dict(triadic_loops=2), dict(triadic_loops=0)],
     'mod_fn': [dict(mod_fn=f'tm{i}') for i in (3, 1, 2, 4)],

@@ -19,6 +19,8 @@ from tests.attention.oracles import dense, float64, gated, rms, rotate
 def oracle(mixer, x, *, positions, segment_ids):
   """Vaswani et al. 2017, section 3.2, one query at a time."""
   q, k, v = (dense(p, x) for p in (mixer.query, mixer.key, mixer.value))
+  if mixer.mix is not None:  # Alone, it is the first layer.
+    v = float64(mixer.mix).sum() * v
   y = softmax_attention(
       mixer.softmax, q, k, v, positions=positions, segment_ids=segment_ids)
   return dense(mixer.out, gated(mixer.gate, x, y))

@@ -266,7 +266,7 @@ def test_a_flag_that_no_layer_honours_is_an_error(name):
       attention.check(config)
     for part in (flag, f'in use: {name}', other):
       assert part in str(error.value)
-    config.update(attention_list=(name, other), **needs)
+    config.update(attention_list=(other, name), **needs)
     attention.check(config)
 
 
