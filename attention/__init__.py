@@ -9,6 +9,7 @@ Letters, used in every einsum and every shape of this project:
   F mlp width        V value head width    C chunk
   L layers           Q latent queries      U token ids (vocabulary)
   P columns of one product that are split by use
+  A addends of a number that float32 alone would round
 
 They are the logical axes too: model.sharding lays arrays out on the mesh by
 them.

@@ -116,6 +116,7 @@ class Flash(Row):
   K: int = 2
   H: int = 16
   V: int = 16
+  A: int = 2
   scale: float = 0.3
   causal: bool = True
   window: int = 0
@@ -125,10 +126,10 @@ class Flash(Row):
   op = staticmethod(flash.flash_attention)
   definition = staticmethod(flash_reference.attention)
   operands = dict(q='BTNH', k='BSKH', v='BSKV', q_ids='BT', kv_ids='BS',
-                  sink='N', q_offset='')
-  optional = 'q_ids kv_ids sink q_offset'
+                  sink='N', row_bias='BTNA', column_bias='BSNA', q_offset='')
+  optional = 'q_ids kv_ids sink row_bias column_bias q_offset'
   low = 'q k v'
-  series = 'q k v'
+  series = 'q k v row_bias column_bias'
   static = 'scale causal window softcap'
   exactly = np.float64
   results = dict(out='BTNV', lse='BNT')
@@ -155,9 +156,11 @@ class Flash(Row):
     return dict(q_ids=ids.astype(np.int32), kv_ids=ids.astype(np.int32))
 
   @staticmethod
-  def call(op, *, q_ids=None, kv_ids=None, **arguments):
+  def call(op, *, q_ids=None, kv_ids=None, row_bias=None, column_bias=None,
+           **arguments):
     ids = None if q_ids is None else (q_ids, kv_ids)
-    return op(**arguments, segment_ids=ids)
+    bias = None if row_bias is None else (row_bias, column_bias)
+    return op(**arguments, segment_ids=ids, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,6 +18,9 @@ NATIVE = dict(fast='xla plain', slow='tpu gpu')
 PAIRS = dict(slow='xla plain tpu gpu')
 TILES = dict(fast='tiles', slow='tpu')
 PACKED = 'q_ids kv_ids'
+BIAS = 'row_bias column_bias'
+BIASED = dict(fast='xla plain')  # The others decline it.
+BIASED_TILES = dict(fast='tiles')
 
 FLASH = (
     Flash(id='one token', T=1, **NATIVE),
@@ -83,6 +86,23 @@ FLASH = (
     Flash(id='empty blocks traced', T=200, keys=100, q_offset=-70,
           has='sink q_offset', fast='tiles tpu'),
     Flash(id='all rows empty', q_offset=-100, has='sink', **PAIRS),
+    Flash(id='bias one token', T=1, has=BIAS, **BIASED),
+    Flash(id='bias', has=BIAS, **BIASED),
+    Flash(id='bias long', T=257, K=1, A=1, has=BIAS, **BIASED_TILES),
+    Flash(id='bias bidirectional', causal=False, T=100, keys=63, A=4, has=BIAS,
+          fast='xla plain tiles'),
+    Flash(id='bias window', T=257, window=70, has=BIAS, **BIASED_TILES),
+    Flash(id='bias softcap', softcap=2.0, has=f'{BIAS} sink', **BIASED),
+    Flash(id='bias everything', T=257, V=32, window=100, softcap=2.0,
+          has=f'{BIAS} {PACKED} sink', fast='xla plain tiles'),
+    Flash(id='bias chunk', T=100, keys=257, q_offset=128,
+          has=f'{BIAS} sink', **BIASED_TILES),
+    Flash(id='bias chunk traced', T=63, keys=257, q_offset=150, window=70,
+          has=f'{BIAS} q_offset', fast='xla plain tiles'),
+    Flash(id='bias decode', T=1, keys=257, K=1, q_offset=200,
+          has=f'{BIAS} {PACKED} sink q_offset', fast='xla plain tiles'),
+    Flash(id='bias empty rows', T=200, keys=100, q_offset=-70,
+          has=f'{BIAS} sink', fast='xla plain tiles'),
     Flash(id='bfloat16', T=100, window=40, has='sink', dtype=jnp.bfloat16,
           fast='xla plain'),
     # How a TPU kernel may be cut otherwise; None is as it cuts itself.

@@ -18,8 +18,9 @@ from tests.kernels.ops import Chunked, Flash, Scan, Scores
 
 # Values for the series of a document: inside, they may do what they like.
 GARBAGE = {
-    Flash: dict(finite=dict(q=5.0, k=1e3, v=-1e15)),
     Scores: dict(finite=dict(q=5.0, k=1e3, v=-1e15)),
+    Flash: dict(finite=dict(
+        q=5.0, k=1e3, v=-1e15, row_bias=1e9, column_bias=-1e9)),
     Scan: {kind: dict.fromkeys(('x', 'dt', 'B', 'C', 'z'), value)
            for kind, value in (
                ('finite', 3.0), ('inf', np.inf), ('nan', np.nan))},
@@ -120,6 +121,8 @@ def isolated(kind, implementation, garbage, first, last, *, id=None):
     isolated(Flash, 'tpu', 'finite', 75, 150),
     isolated(Scores, 'plain', 'finite', 25, 50),
     isolated(Scores, 'xla', 'finite', 25, 50),
+    isolated(Flash, 'plain', 'finite', 75, 150, id='bias everything'),
+    isolated(Flash, 'tiles', 'finite', 75, 150, id='bias everything'),
     *(isolated(Scan, 'xla', garbage, 25, 50)
       for garbage in ('finite', 'inf', 'nan')),
     *(isolated(Scan, 'tpu', garbage, 25, 50, id='everything')
@@ -178,6 +181,7 @@ def test_handing_the_state_on_equals_the_whole(row, implementation, capfd):
 
 
 SHORT = (Flash(id='sink', T=40, has='sink', fast='xla plain tiles'),
+         Flash(id='bias', T=40, has='row_bias column_bias', fast='plain tiles'),
          Scan(id='state', T=10, has='h0', fast='xla'),
          Chunked(id='state', T=10, has='s0', slow='xla'),
          Scores(id='sink', has='first', fast='xla'))

@@ -155,11 +155,23 @@ def test_tpu_declines(shape, dtype, message, on_tpu):
     jax.eval_shape(attend, q, q, q)
 
 
+@pytest.mark.parametrize('target', [('tpu', 'v5p'), ('gpu', '9.0')], ids=str)
+def test_auto_falls_back_where_a_kernel_has_no_bias(target):
+  q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+  number = jax.ShapeDtypeStruct((1, 64, 2, 1), jnp.float32)
+  with dispatch.pretend(*target), dispatch.record() as choices:
+    jax.eval_shape(lambda q, *bias: flash_attention(
+        q, q, q, scale=1.0, bias=bias), q, number, number)
+  (name, note), = choices['attention.kernels.flash'].items()
+  assert name == 'xla' and f'{target[0]} has no bias of the scores' in note
+
+
 @pytest.mark.parametrize('options, reason', [
     (dict(q=jnp.zeros((1, 8, 2, 64))), 'float32'),
     (dict(v=jnp.zeros((1, 8, 1, 24), jnp.bfloat16)), 'V that 16 divides'),
     (dict(scale=-1.0), 'scale'),
-], ids=['float32', 'narrow', 'negative'])
+    (dict(row_bias=jnp.zeros((1, 8, 2, 1))), 'gpu has no bias'),
+], ids=['float32', 'narrow', 'negative', 'bias'])
 def test_gpu_declines(options, reason, on_h100):
   q, k, v = (jnp.zeros((1, 8, n, 64), jnp.bfloat16) for n in (2, 1, 1))
   options = dict(q=q, k=k, v=v, scale=0.1) | options
@@ -174,6 +186,7 @@ def test_gpu_declines(options, reason, on_h100):
     ({'window': -1}, 'window'),
     ({'softcap': -1.0}, 'softcap'),
     ({'sink': np.zeros(3, np.float32)}, 'sink'),
+    ({'bias': (np.zeros((2, 63, 4, 1)), np.zeros((2, 63, 2, 1)))}, 'bias'),
     ({'segment_ids': np.zeros((2, 5), np.int32)}, 'segment_ids'),
     ({'implementation': 'cuda'}, 'implementation'),
     ({'k': np.zeros((2, 63, 3, 16), np.float32),

@@ -6,7 +6,8 @@ lse and the delta that the gradient is made from. So an implementation (see
 
   forward(operands, rule) -> (out [B,T,N,V], lse [B,N,T])
   backward(operands, rule, (lse, delta), dout) -> (dq, dk, dv)
-      of p = exp(s - lse) and ds = p * (dout v^T - delta).
+      of p = exp(s - lse) and ds = p * (dout v^T - delta). With a bias also the
+      sums of ds: over keys [B,T,N], and over queries, negative, [B,S,N].
 """
 
 import functools
@@ -34,6 +35,8 @@ class Operands(NamedTuple):
   q_ids: Int[Array, 'B T'] | None
   kv_ids: Int[Array, 'B S'] | None
   q_offset: int | Int[Array, ''] | None  # an int where the rule has it
+  row_bias: Float[Array, 'B T N A'] | None = None
+  column_bias: Float[Array, 'B S N A'] | None = None
 
 
 class Rule(NamedTuple):
@@ -58,6 +61,7 @@ def flash_attention(
         Int[Array, 'B T'] | tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None
     ) = None,
     sink: Float[Array, 'N'] | None = None,
+    bias: tuple[Float[Array, 'B T N A'], Float[Array, 'B S N A']] | None = None,
     q_offset: int | Int[Array, ''] = 0,
     implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N T']]:
@@ -79,6 +83,10 @@ def flash_attention(
       query sees the keys of its own id alone.
     sink: lambda, log of a constant in each head's denominator:
       p_ij = e^{s_ij} / (e^lambda + sum_j e^{s_ij}).
+    bias: numbers r of every query and c of every key, for each query head:
+      s_ij <- s_ij + sum_a (r_ia - c_ja), after the softcap, which bounds what
+      the products say. Addends are subtracted one by one: sums of many terms,
+      given as a float32 and what it lost, have differences to the last bit.
     q_offset: position of the first query counted from the first key, an int
       (blocks are skipped at compile time) or an int32 scalar.
     implementation: 'auto' or one of IMPLEMENTATIONS.
@@ -91,7 +99,7 @@ def flash_attention(
     ValueError: arguments that contradict each other.
     NotImplementedError: the named implementation cannot do what is asked.
   """
-  _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink)
+  _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink, bias)
   q_ids, kv_ids = (segment_ids if isinstance(segment_ids, (tuple, list))
                    else (segment_ids, segment_ids))
   static = None
@@ -99,12 +107,16 @@ def flash_attention(
     static = q_offset = operator.index(q_offset)
   rule = Rule(
       float(scale), bool(causal), int(window), float(softcap), static)
-  operands = Operands(q, k, v, q_ids, kv_ids, q_offset)
+  row_bias, column_bias = bias or (None, None)
+  operands = Operands(
+      q, k, v, q_ids, kv_ids, q_offset, row_bias, column_bias)
   module = dispatch.select(
       __name__, implementation, IMPLEMENTATIONS, operands, rule)
-  q, k, v, sink = _varying_alike(q, k, v, sink)
-  operands = operands._replace(
-      q=q, k=k, v=v, q_offset=None if static is not None else q_offset)
+  q, k, v, sink, row_bias, column_bias = _varying_alike(
+      q, k, v, sink, row_bias, column_bias)
+  operands = Operands(
+      q, k, v, q_ids, kv_ids, None if static is not None else q_offset,
+      row_bias, column_bias)
   return _attend(module, rule, operands, sink)
 
 
@@ -147,9 +159,12 @@ def _attend_backward(module, rule, residuals, cotangents):
     dsink = dsink.astype(sink.dtype)
     backward_delta = delta - dlse * jnp.exp(
         jnp.minimum(backward_lse - finite_lse, _MAX_EXPONENT))
-  gradients = module.backward(
+  dq, dk, dv, *dbias = module.backward(
       _with_offset(operands, rule), rule, (backward_lse, backward_delta), dout)
-  return Operands(*gradients, None, None, None), dsink
+  # All addends of a number have its gradient.
+  dbias = [jnp.broadcast_to(dx[..., None], x.shape).astype(x.dtype)
+           for dx, x in zip(dbias, operands[-2:])]
+  return Operands(dq, dk, dv, None, None, None, *dbias), dsink
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -173,7 +188,14 @@ def _varying_alike(*arrays):
   return [x if x is None else x + zero.astype(x.dtype) for x in arrays]
 
 
-def _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink):
+def decline_bias(name, operands):
+  """Raises NotImplementedError if there is a bias, which `name` has not."""
+  if operands.row_bias is not None:
+    raise NotImplementedError(f'{name} has no bias of the scores')
+
+
+def _check_arguments(
+    q, k, v, causal, window, softcap, segment_ids, sink, bias):
   """Raises ValueError for what no implementation could mean."""
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
@@ -194,6 +216,13 @@ def _check_arguments(q, k, v, causal, window, softcap, segment_ids, sink):
     raise ValueError(f'softcap ({softcap}) must be positive, or 0 for none')
   if sink is not None and sink.shape != (N,):
     raise ValueError(f'sink {sink.shape} must have one entry a head: ({N},)')
+  if bias is not None:
+    shapes = tuple(x.shape for x in bias)
+    A = shapes[0][-1]
+    if shapes != ((B, T, N, A), (B, S, N, A)):
+      raise ValueError(
+          f'bias {shapes} must be [B,T,N,A] and [B,S,N,A] = '
+          f'{(B, T, N, A)}, {(B, S, N, A)}')
   if segment_ids is None:
     return
   pair = isinstance(segment_ids, (tuple, list))

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from attention.kernels import dispatch
+from attention.kernels.flash import decline_bias
 
 
 def check(operands, rule):
   """Raises NotImplementedError for what cuDNN does otherwise or not at all."""
-  q, k, v, q_ids, _, q_offset = operands
+  q, k, v, q_ids, _, q_offset, *_ = operands
   capability = _capability()
   if capability is None:
     raise NotImplementedError('cudnn needs an NVIDIA GPU')
@@ -33,6 +34,7 @@ def check(operands, rule):
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(
         f'cudnn takes bfloat16 and float16, not {q.dtype}')
+  decline_bias('cudnn', operands)
   H, V = q.shape[-1], v.shape[-1]
   widest = 256 if capability >= 9.0 else 128
   if H != V or H % 8 or widest < H:

@@ -4,6 +4,9 @@ The softmax is in float32, the matmuls take the input dtype and accumulate in
 float32. O(T S) memory.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -33,21 +36,34 @@ def forward(operands, rule):
 
 
 def backward(operands, rule, saved, dout):
-  """Returns the gradients of q, k and v; see the package."""
+  """Returns the gradients of q, k, v and of a bias; see the package."""
   q, k, v, *_ = operands
   lse, delta = saved
-  B, T, _, _ = q.shape
+  B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   q, k, v, dout = (_split(x, K) for x in (q, k, v, dout))
   s, seen, slope = _scores(q, k, operands, rule)
   p = jnp.where(seen, jnp.exp(s - lse.reshape(B, K, -1, T, 1)), 0.0)
   dp = _dot(dout, v, 2, 2).reshape(s.shape)
-  ds = p * (dp - delta.reshape(B, K, -1, T, 1)) * (slope * rule.scale)
+  ds = p * (dp - delta.reshape(B, K, -1, T, 1))
+  dbias = () if operands.row_bias is None else (
+      ds.sum(4).reshape(B, N, T), -ds.sum(3).reshape(B, N, S))
+  ds *= slope * rule.scale
   p = p.reshape(B * K, -1, S).astype(q.dtype)
   ds = ds.reshape(B * K, -1, S).astype(q.dtype)
   gradients = (_join(_dot(ds, k, 2, 1), B, T), _join(_dot(ds, q, 1, 1), B, S),
                _join(_dot(p, dout, 1, 1), B, S))
-  return tuple(x.astype(q.dtype) for x in gradients)
+  return (*(x.astype(q.dtype) for x in gradients),
+          *(jnp.swapaxes(x, 1, 2) for x in dbias))
+
+
+def difference(row, column):
+  """sum_a (row_a - column_a), of [A,...] that broadcast: the bias of scores.
+
+  Subtracting before adding is what keeps the digits of differences.
+  """
+  return functools.reduce(
+      operator.add, (r - c for r, c in zip(row, column)))
 
 
 def visible(row, column, q_ids, kv_ids, rule):
@@ -89,6 +105,11 @@ def _scores(q, k, operands, rule):
   if softcap:
     bounded = jnp.tanh(s / softcap)
     s, slope = softcap * bounded, 1 - bounded * bounded
+  if operands.row_bias is not None:
+    row, column = (
+        jnp.transpose(x, (3, 0, 2, 1)).reshape(x.shape[3], B, K, -1, x.shape[1])
+        for x in (operands.row_bias, operands.column_bias))
+    s += difference(row[..., :, None], column[..., None, :])
   seen = visible(
       jnp.arange(T) + operands.q_offset, jnp.arange(S), operands.q_ids,
       operands.kv_ids, rule)

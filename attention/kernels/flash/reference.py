@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def attention(q, k, v, *, scale, causal=True, window=0, softcap=0.0,
-              segment_ids=None, sink=None, q_offset=0):
+              segment_ids=None, sink=None, bias=None, q_offset=0):
   """See flash_attention. Computes in float32, or float64 if q is that."""
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   B, T, N, H = q.shape
@@ -18,6 +18,9 @@ def attention(q, k, v, *, scale, causal=True, window=0, softcap=0.0,
   s = s.reshape(B, N, T, S)
   if softcap:
     s = softcap * jnp.tanh(s / softcap)
+  if bias is not None:
+    row, column = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in bias)
+    s += jnp.sum(row[:, :, :, None] - column[:, :, None], axis=-1)
 
   position = jnp.arange(T)[:, None] + q_offset
   key = jnp.arange(S)[None, :]

@@ -27,7 +27,7 @@ DECODE_KEYS = 2048
 
 def forward(operands, rule):
   """Returns out [B,T,N,V] and lse [B,N,T]; see the package."""
-  q, k, v, q_ids, kv_ids, _ = operands
+  q, k, v, q_ids, kv_ids, _, row_bias, column_bias = operands
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   G = N // K
@@ -39,15 +39,17 @@ def forward(operands, rule):
   accumulator = jnp.promote_types(q.dtype, jnp.float32)
 
   def one_head(operands):
-    q, k, v, q_ids, kv_ids = operands
+    q, k, v, q_ids, kv_ids, row_bias, column_bias = operands
 
     def one_block(operands):
-      i, q, q_ids = operands
+      i, q, q_ids, row_bias = operands
 
       def one_tile(masked, j, carry):
         acc, top, total = carry
         keys = _block(k, j, tiles.columns)
         s = _scores(q, keys, rule)[0]
+        if row_bias is not None:
+          s += tiles.bias(row_bias, _block(column_bias, j, tiles.columns))
         if masked:
           seen = tiles.seen(i, j, q_ids, kv_ids)
           s = jnp.where(jnp.tile(seen, (G, 1)), s, -jnp.inf)
@@ -68,18 +70,19 @@ def forward(operands, rule):
       out = acc / jnp.where(total == 0, 1.0, total)[:, None]
       return out.astype(q.dtype), top + jnp.log(total)
 
-    return jax.lax.map(one_block, (tiles.row_blocks(), q, q_ids))
+    return jax.lax.map(one_block, (tiles.row_blocks(), q, q_ids, row_bias))
 
   operands = (tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v),
-              *tiles.split_ids(q_ids, kv_ids, K))
+              *tiles.split_ids(q_ids, kv_ids, K),
+              *tiles.split_bias(row_bias, column_bias))
   out, lse = jax.lax.map(one_head, operands)
   lse = tiles.join_queries(lse[..., None], B)[..., 0]
   return tiles.join_queries(out, B), jnp.swapaxes(lse, 1, 2)
 
 
 def backward(operands, rule, saved, dout):
-  """Returns the gradients of q, k and v; see the package."""
-  q, k, v, q_ids, kv_ids, _ = operands
+  """Returns the gradients of q, k, v and of a bias; see the package."""
+  q, k, v, q_ids, kv_ids, _, row_bias, column_bias = operands
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   G = N // K
@@ -89,47 +92,63 @@ def backward(operands, rule, saved, dout):
   accumulator = jnp.promote_types(q.dtype, jnp.float32)
 
   def one_head(operands):
-    q, k, v, q_ids, kv_ids, dout, lse, delta = operands
+    q, k, v, q_ids, kv_ids, row_bias, column_bias, dout, lse, delta = operands
 
-    def one_block(dq, operands):
-      j, keys, values = operands
+    def one_block(carry, operands):
+      j, keys, values, column_bias = operands
       keys_transposed = keys.T
 
       def one_tile(masked, i, carry):
-        dq, dk, dv = carry
+        (dq, drow), (dk, dv, dcolumn) = carry
         s, slope = _scores(keys, q[i], rule)
+        if row_bias is not None:
+          s += tiles.bias(row_bias[i], column_bias, transposed=True)
         p = jnp.exp(s - lse[i])
         if masked:
           seen = tiles.seen(i, j, None if q_ids is None else q_ids[i], kv_ids)
           p = jnp.where(jnp.tile(seen.T, (1, G)), p, 0.0)
         dp = _dot(values, dout[i], 1, 1)
-        ds = (p * (dp - delta[i]) * slope).astype(q.dtype)
+        ds = p * (dp - delta[i])
+        if row_bias is not None:
+          drow = drow.at[i].add(ds.sum(0))
+          dcolumn -= ds.reshape(*dcolumn.shape, -1).sum(2)
+        ds = (ds * slope).astype(q.dtype)
         dv += _dot(p.astype(q.dtype), dout[i], 1, 0)
         dk += _dot(ds, q[i], 1, 0)
         dq = dq.at[i].add(_dot(keys_transposed, ds, 1, 0))
-        return dq, dk, dv
+        return (dq, drow), (dk, dv, dcolumn)
 
-      carry = (dq, jnp.zeros_like(keys, accumulator),
-               jnp.zeros_like(values, accumulator))
-      dq, dk, dv = tiles.loop(tiles.queries_of(j), one_tile, carry)
-      return dq, ((dk * rule.scale).astype(q.dtype), dv.astype(q.dtype))
+      sums = (jnp.zeros_like(keys, accumulator),
+              jnp.zeros_like(values, accumulator),
+              biased(jnp.zeros_like(keys, accumulator, shape=(len(keys), G))))
+      carry, (dk, dv, dcolumn) = tiles.loop(
+          tiles.queries_of(j), one_tile, (carry, sums))
+      return carry, ((dk * rule.scale).astype(q.dtype), dv.astype(q.dtype),
+                     dcolumn)
 
+    biased = lambda x: None if row_bias is None else x
     blocks, rows, _ = q.shape
     dq = jnp.zeros_like(q, accumulator, shape=(blocks, H, rows))
-    shape = (tiles.n_columns, tiles.columns, -1)
-    dq, (dk, dv) = jax.lax.scan(
-        one_block, dq,
-        (jnp.arange(tiles.n_columns), k.reshape(shape), v.reshape(shape)))
+    drow = biased(jnp.zeros_like(q, accumulator, shape=(blocks, rows)))
+    cut = lambda x: x.reshape(tiles.n_columns, tiles.columns, -1)
+    (dq, drow), (dk, dv, dcolumn) = jax.lax.scan(
+        one_block, (dq, drow),
+        (jnp.arange(tiles.n_columns), *jax.tree.map(cut, (k, v, column_bias))))
     dq = jnp.swapaxes(dq * rule.scale, 1, 2).astype(q.dtype)
-    return dq, dk, dv
+    return dq, dk, dv, drow, dcolumn
 
   operands = (tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v),
-              *tiles.split_ids(q_ids, kv_ids, K), tiles.split_queries(dout),
+              *tiles.split_ids(q_ids, kv_ids, K),
+              *tiles.split_bias(row_bias, column_bias),
+              tiles.split_queries(dout),
               *(tiles.split_queries(jnp.swapaxes(x, 1, 2)[..., None])[..., 0]
                 for x in saved))
-  dq, dk, dv = jax.lax.map(one_head, operands)
+  dq, dk, dv, drow, dcolumn = jax.lax.map(one_head, operands)
+  dbias = () if row_bias is None else (
+      tiles.join_queries(drow[..., None], B)[..., 0],
+      tiles.join_keys(dcolumn, B).reshape(B, S, N))
   return (tiles.join_queries(dq, B), tiles.join_keys(dk, B),
-          tiles.join_keys(dv, B))
+          tiles.join_keys(dv, B), *dbias)
 
 
 def _decode(operands, rule):
@@ -138,14 +157,14 @@ def _decode(operands, rule):
   Laying a whole cache out by heads, as the tiles want it, costs more than the
   attention.
   """
-  q, k, v, _, kv_ids, q_offset = operands
+  q, k, v, _, kv_ids, q_offset, _, column_bias = operands
   T, S = q.shape[1], k.shape[1]
+  keys = dict(k=k, v=v, kv_ids=kv_ids, column_bias=column_bias)
 
   def partial(start, size):
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
     return plain.forward(operands._replace(
-        k=cut(k), v=cut(v), kv_ids=None if kv_ids is None else cut(kv_ids),
-        q_offset=q_offset - start), rule)
+        **jax.tree.map(cut, keys), q_offset=q_offset - start), rule)
 
   def merge(j, carry):
     out, lse = carry
@@ -246,10 +265,40 @@ class _Tiles:
       seen &= q_ids[:, None] == _block(kv_ids, j, self.columns)
     return seen
 
-  def split_queries(self, x):
+  def bias(self, row, column, *, transposed=False):
+    """The bias of the scores of one tile, [G rows, columns] or transposed.
+
+    Args:
+      row: [G rows, A], of `split_bias`.
+      column: [columns, G A], likewise.
+      transposed: whether keys come first, as in the backward pass.
+    """
+    A = row.shape[1]
+    row = row.T.reshape(A, self.G, -1)
+    column = jnp.moveaxis(column.reshape(-1, self.G, A), 2, 0)
+    if transposed:
+      tile = plain.difference(row[:, None], column[..., None])
+      return tile.reshape(column.shape[1], -1)
+    column = jnp.swapaxes(column, 1, 2)
+    tile = plain.difference(row[..., None], column[:, :, None])
+    return tile.reshape(-1, column.shape[2])
+
+  def split_bias(self, row, column):
+    """[B,T,N,A], [B,S,N,A] -> [B K, blocks, G rows, A], [B K, padded S, G A].
+
+    The bias of padded queries is -inf: their weights are zero whatever the
+    keys have.
+    """
+    if row is None:
+      return None, None
+    B, S, N, _ = column.shape
+    column = column.reshape(B, S, N // self.G, -1)
+    return self.split_queries(row, padding=-jnp.inf), self.split_keys(column)
+
+  def split_queries(self, x, padding=0.0):
     """[B,T,N,X] -> [B K, blocks, G rows, X]."""
     B, _, N, X = x.shape
-    x = _pad(x, self.n_rows * self.rows)
+    x = _pad(x, self.n_rows * self.rows, padding)
     x = x.reshape(B, self.n_rows, self.rows, N // self.G, self.G, X)
     x = jnp.transpose(x, (0, 3, 1, 4, 2, 5))
     return x.reshape(-1, self.n_rows, self.G * self.rows, X)
@@ -307,7 +356,7 @@ def _cut(length, block):
   return count, min(-(-size // 16) * 16, block)
 
 
-def _pad(x, length):
+def _pad(x, length, value=0):
   widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, widths)
+  return jnp.pad(x, widths, constant_values=value)
 

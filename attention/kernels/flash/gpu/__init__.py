@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax._src.lib import cuda_versions
 
 from attention.kernels import dispatch
+from attention.kernels.flash import decline_bias
 from attention.kernels.flash.gpu import launch
 from attention.kernels.flash.gpu.blocks import HEIGHT
 from attention.kernels.mosaic_gpu import LOG2E, pad
@@ -19,6 +20,7 @@ def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
   q, _, v, *_ = operands
   dispatch.require_hopper()
+  decline_bias('gpu', operands)
   if rule.causal and jax.default_backend() == 'gpu':
     runtime = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
     # jax's own Mosaic GPU attention refuses these too: ptxas miscompiles it.

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2205.14135.
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from attention.kernels.flash import decline_bias
 from attention.kernels.flash.tpu import (
     backward_kernel,
     blocks,
@@ -19,7 +20,8 @@ from attention.kernels.mosaic_tpu import check_dtypes, check_widths
 
 def check(operands, rule):
   """Raises NotImplementedError for what these kernels decline."""
-  q, k, v, q_ids, _, q_offset = operands
+  q, k, v, q_ids, _, q_offset, *_ = operands
+  decline_bias('tpu', operands)
   check_dtypes(q=q)
   B, T, _, H = q.shape
   S, V = k.shape[1], v.shape[3]
@@ -60,7 +62,7 @@ def forward(operands, rule):
 
 def backward(operands, rule, saved, dout):
   """See `attention.kernels.flash`."""
-  q, k, v, _, kv_ids, q_offset = operands
+  q, k, v, _, kv_ids, q_offset, *_ = operands
   S, most = k.shape[1], blocks.most_keys(
       k.shape[3], v.shape[3], k.dtype.itemsize)
   if most >= S:

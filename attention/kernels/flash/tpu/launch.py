@@ -48,7 +48,7 @@ class Launch(mosaic_tpu.Launch):
   bounds_checks = False  # Arrays are padded to whole blocks.
 
   def __init__(self, operands, rule, *, backward):
-    q, _, v, q_ids, kv_ids, q_offset = operands
+    q, _, v, q_ids, kv_ids, q_offset, *_ = operands
     self.B, self.T, self.N, H = q.shape
     S, self.K, V = v.shape[1:]
     self.H, self.V = padded_width(H), padded_width(V)
@@ -101,7 +101,7 @@ class Launch(mosaic_tpu.Launch):
 
   def operands(self, operands, *, dout=None, lse=None, delta=None):
     """By name; dout, lse and delta of the backward kernel."""
-    _, k, v, _, kv_ids, _ = operands
+    _, k, v, _, kv_ids, *_ = operands
     lse_delta = None
     if lse is not None:
       lse_delta = jnp.stack([
