@@ -54,7 +54,7 @@ class Attention(nnx.Module):
       own, first = self.mix[...].astype(v.dtype)
       v = own * v + first * (
           v if ctx.first_values is None else ctx.first_values)
-    y, state = self.softmax(q, k, v, ctx, state)
+    y, state = self.softmax(q, k, v, ctx, state, x=x)
     return self.out(self.gate(x, y)), state
 
   def init_state(self, batch, length):

@@ -64,7 +64,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x, ctx, state=None):
     y, state = self.softmax(
-        self.query(x), self.key(x), self.value(x), ctx, state)
+        self.query(x), self.key(x), self.value(x), ctx, state, x=x)
     y = self.gate(x, y)
     B, T, N, V = y.shape
     if self.groups < N:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from attention.kernels import chunked, flash, running, scan, scores
 from attention.kernels.conv import causal_conv1d
+from attention.kernels.sums import running_sum as _running_sum
 from model.sharding import mesh_size
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 
 
 def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
-                    **options):
+                    bias=None, **options):
   """attention.kernels.flash: [B,T,N,V] of q [B,T,N,H], k and v [B,S,K,...].
 
   Args:
@@ -30,31 +31,34 @@ def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
     segment_ids: None or the pair (of queries [B,T], of keys [B,S]).
     q_offset: as there.
     sink: float32 [N] or None.
+    bias: None or the pair (of queries [B,T,N,A], of keys [B,S,N,A]).
     **options: as there.
   """
   k, v = _repeated(ctx, q.shape[2], (k, v), axis=2)
 
-  def local(q, k, v, ids, sink, q_offset):
+  def local(q, k, v, ids, sink, bias, q_offset):
     return flash.flash_attention(
-        q, k, v, segment_ids=ids, sink=sink, q_offset=q_offset, **options)[0]
+        q, k, v, segment_ids=ids, sink=sink, bias=bias, q_offset=q_offset,
+        **options)[0]
 
-  ids = ('BT', 'BS')
+  letters = ('BTNH', 'BSKH', 'BSKV', ('BT', 'BS'), 'N', ('BTNA', 'BSNA'), '')
   if isinstance(q_offset, int):  # Static: the kernel can plan its blocks.
     local, offset = functools.partial(local, q_offset=q_offset), ()
   else:
     offset = (q_offset,)
   return ctx.sharded(
-      local, inputs=('BTNH', 'BSKH', 'BSKV', ids, 'N', '')[:5 + len(offset)],
-      outputs='BTNV')(q, k, v, segment_ids, sink, *offset)
+      local, inputs=letters[:6 + len(offset)],
+      outputs='BTNV')(q, k, v, segment_ids, sink, bias, *offset)
 
 
 def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
-                       segment_ids=None, q_offset=0, **options):
+                       bias=None, segment_ids=None, q_offset=0, **options):
   """attention.kernels.scores: [B,T,N,V] of q [B,T,N,H], k and v [B,S,K,...].
 
   Args:
     q, k, v, learned, fire_learned, q_offset: as there.
     ctx: the Context, whose positions are those of the queries.
+    bias: None or the pair (of queries [B,T,N,A], of keys [B,S,N,A]).
     segment_ids: None or the pair (of queries [B,T], of keys [B,S]).
     **options: as there.
   """
@@ -64,17 +68,17 @@ def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
     hidden = len(fire_learned) - 3  # c, what multiplies L, and the last layer.
     fire_letters = ('', '', *[('__', '_')] * hidden, ('_N', 'N'))
 
-  def local(q, k, v, ids, q_offset, positions, learned, fire):
+  def local(q, k, v, ids, bias, q_offset, positions, learned, fire):
     return scores.weighted_attention(
-        q, k, v, segment_ids=ids, q_offset=q_offset, positions=positions,
-        learned=learned, fire_learned=fire, **options)
+        q, k, v, segment_ids=ids, bias=bias, q_offset=q_offset,
+        positions=positions, learned=learned, fire_learned=fire, **options)
 
   return ctx.sharded(
       local, outputs='BTNV', inputs=(
-          'BTNH', 'BSKH', 'BSKV', ('BT', 'BS'), '', 'BT',
+          'BTNH', 'BSKH', 'BSKV', ('BT', 'BS'), ('BTNA', 'BSNA'), '', 'BT',
           tuple('N' + '_' * (x.ndim - 1) for x in learned), fire_letters),
-  )(q, k, v, segment_ids, jnp.asarray(q_offset, jnp.int32), ctx.positions,
-    learned, fire_learned)
+  )(q, k, v, segment_ids, bias, jnp.asarray(q_offset, jnp.int32),
+    ctx.positions, learned, fire_learned)
 
 
 def linear_attention(q, k, v, ctx, *, state=None, **options):
@@ -170,6 +174,19 @@ def running_mean(x, ctx, state, **options):
       inputs=('BTNH', mean, 'BT'), outputs=('BTNH', mean),
   )(x.astype(jnp.float32), state or empty_mean(B, N, H), ctx.starts)
   return y.astype(x.dtype), state
+
+
+def running_sum(x, ctx, before):
+  """attention.kernels.sums: [B,T,N,2] of x [B,T,N].
+
+  Args:
+    x: as there.
+    ctx: the Context, whose starts zero the sum.
+    before: as there.
+  """
+  return ctx.sharded(
+      _running_sum, inputs=('BTN', 'BNA', 'BT'), outputs='BTNA')(
+          x, before, ctx.starts)
 
 
 def empty_mean(batch, heads, width):

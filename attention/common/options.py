@@ -262,6 +262,18 @@ class Exclusive(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreBias(Flags):
+  use_alibi: bool = option(
+      False, 'scores fall linearly with distance, by a fixed slope a head')
+  use_forget_gate: bool = option(
+      False, 'scores fall by the logs of learned, data-dependent forget gates '
+      'between key and query (FoX)')
+  forget_gate_bias_init: float = option(
+      0.0, 'initial bias of the forget gates; 0: they start at 1/2, as '
+      'published; 4: near 1', needs=('use_forget_gate',))
+
+
+@dataclasses.dataclass(frozen=True)
 class Window(Flags):
   window_size: int | None = option(
       None, 'tokens that a query sees, itself included; none: all', at_least=1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention.common.bias import ForgetGate, alibi
 from attention.common.ops import flash_attention, weighted_attention
 from attention.common.weights import FireBias, Learned
 from model.layers import param, rms_normalize, rotary
@@ -13,8 +14,10 @@ from model.layers import param, rms_normalize, rotary
 LEAST = 1e-24  # Of a squared length: what is zero has no direction.
 
 
-def init_cache(shapes, *, batch, length, window, dtype):
+def init_cache(shapes, *, batch, length, window, dtype, exact=()):
   """An empty cache of one array per entry of `shapes`, per-token shapes.
+
+  Those in `exact` come after them, and are float32 whatever the dtype.
 
   It holds `length` tokens in the order in which they came, and `index` counts
   them; or with a window the last window - 1, oldest first: such a cache slides,
@@ -23,7 +26,10 @@ def init_cache(shapes, *, batch, length, window, dtype):
   slides = 0 < window <= length
   slots = window - 1 if slides else length
   return {
-      'values': tuple(jnp.zeros((batch, slots, *s), dtype) for s in shapes),
+      'values': tuple(
+          jnp.zeros((batch, slots, *s), kind)
+          for group, kind in ((shapes, dtype), (exact, jnp.float32))
+          for s in group),
       'segment_ids': jnp.full((batch, slots), -1, jnp.int32),
       'index': None if slides else jnp.zeros((), jnp.int32),
   }
@@ -175,17 +181,31 @@ class Softmax(nnx.Module):
     self.learned = Learned(options, n_head=N)
     self.fire = FireBias(
         options, n_head=N, rngs=rngs) if options.use_fire_embeddings else None
+    self.forget = ForgetGate(
+        config, options, rngs=rngs) if options.use_forget_gate else None
 
-  def __call__(self, q, k, v, ctx, state=None):
-    """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state)."""
+  def __call__(self, q, k, v, ctx, state=None, *, x):
+    """[B,T,N,H], [B,T,K,H], [B,T,K,V] -> ([B,T,N,V], state).
+
+    x [B,T,D] is what q, k and v were made of.
+    """
     options, scale = self.options, q.shape[-1] ** -0.5
     q, k = place(q, k, ctx, options)
     if self.g is not None:
       # |rms_normalize(q)| = sqrt(H), so that s = g cos(q, k).
       q, scale = q * self.g[...].astype(q.dtype), 1 / q.shape[-1]
     own = v
-    (k, v), visible_to, state = recall(
-        (k, v), ctx, state, window=self.window)
+    forgotten = () if self.forget is None else (self.forget(x, ctx, state),)
+    (k, v, *columns), visible_to, state = recall(
+        (k, v, *forgotten), ctx, state, window=self.window)
+    biases = [*zip(forgotten, columns)]
+    if options.use_alibi:
+      biases.append(alibi(
+          self.n_head, batch=q.shape[0], queries=q.shape[1], keys=k.shape[1],
+          q_offset=visible_to['q_offset']))
+    if biases:
+      visible_to |= dict(
+          bias=tuple(jnp.concatenate(x, -1) for x in zip(*biases)))
     y = self._attend(q, k, v, ctx, visible_to, scale)
     return exclude(y, own) if options.attn_xsa else y, state
 
@@ -208,10 +228,13 @@ class Softmax(nnx.Module):
         implementation=self.implementation)
 
   def init_state(self, batch, length):
-    return init_cache(self.shapes, batch=batch, length=length,
-                      window=self.window, dtype=self.dtype)
+    return init_cache(
+        self.shapes, batch=batch, length=length, window=self.window,
+        dtype=self.dtype,
+        exact=() if self.forget is None else ((self.n_head, 2),))
 
   def flops(self, length):
-    """Forward, per token, of the two products with the visible tokens."""
+    """Forward, per token: two products with the visible ones, and gates."""
     widths = self.shapes[0][-1] + self.shapes[1][-1]
-    return 2 * self.n_head * widths * visible(length, self.window)
+    gates = 0 if self.forget is None else self.forget.logit.flops
+    return gates + 2 * self.n_head * widths * visible(length, self.window)

@@ -40,7 +40,7 @@ _strongermax, _pfla = _of('strongermax'), _of('pfla_softmax')
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights(flags.Lobo, flags.Flash):
+class Weights(flags.ScoreBias, flags.Lobo, flags.Flash):
   softmax_variant_attn: str = option(
       'softmax', 'from scores to the weights of values', choices=VARIANTS)
   div_by_seq_len: bool = option(
@@ -172,7 +172,9 @@ class Weights(flags.Lobo, flags.Flash):
   @property
   def fused(self):
     """Whether this is a softmax that flash computes."""
-    return (self.softmax_variant_attn in ('softmax', 'softermax')
+    # What flash adds to scores is to base e, and would be rounded by log 2.
+    biased = self.use_alibi or self.use_forget_gate
+    return (self.softmax_variant_attn in ('softmax', 'softermax')[:2 - biased]
             and not self.use_fire_embeddings and not self.div_by_seq_len)
 
   @property

@@ -98,6 +98,10 @@ SETTINGS = {
     'attn_xsa': [dict(attn_xsa=True)],
     'attn_gate': [dict(attn_gate='element'), dict(attn_gate='head')],
     'window_size': [dict(window_size=4), dict(window_size=1)],
+    'use_alibi': [dict(use_alibi=True)],
+    'use_forget_gate': [dict(use_forget_gate=True)],
+    'forget_gate_bias_init': [
+        (dict(forget_gate_bias_init=3.0), dict(use_forget_gate=True))],
     'use_flash_lobo': [dict(use_flash_lobo=True)],
     'use_flash_lobo_per_head': [
         (dict(use_flash_lobo_per_head=True), dict(use_flash_lobo=True))],

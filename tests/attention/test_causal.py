@@ -22,16 +22,18 @@ def oracle(mixer, x, *, positions, segment_ids):
   if mixer.mix is not None:  # Alone, it is the first layer.
     v = float64(mixer.mix).sum() * v
   y = softmax_attention(
-      mixer.softmax, q, k, v, positions=positions, segment_ids=segment_ids)
+      mixer.softmax, q, k, v, x, positions=positions,
+      segment_ids=segment_ids)
   return dense(mixer.out, gated(mixer.gate, x, y))
 
 
-def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
+def softmax_attention(softmax, q, k, v, x, *, positions, segment_ids):
   """What a Softmax module does between projections.
 
   Args:
     softmax: the Softmax module, for its options and learned numbers.
     q, k, v: float64 [B,T,N,H], [B,T,K,H], [B,T,K,V].
+    x: float64 [B,T,D], what they were made of.
     positions, segment_ids: int [B,T].
 
   Returns:
@@ -58,6 +60,7 @@ def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
     if options.attn_logit_softcapping:
       cap = options.attn_logit_softcapping
       s = cap * np.tanh(s / cap)
+    s += score_bias(softmax, x[b], t, np.array(seen), n)
     w = weights.of(softmax, s, head=n, distances=t - np.array(seen),
                    position=positions[b, t], off_by=_off_by(softmax, n))
     y[b, t, n] = w @ v[b, seen, group]
@@ -65,6 +68,38 @@ def softmax_attention(softmax, q, k, v, *, positions, segment_ids):
       own = v[b, t, group] / np.linalg.norm(v[b, t, group])
       y[b, t, n] -= (y[b, t, n] @ own) * own
   return y
+
+
+def score_bias(softmax, x, t, seen, head):
+  """What ALiBi and the forget gates add to scores of a query.
+
+  Args:
+    softmax: the Softmax module.
+    x: float64 [T,D], its inputs.
+    t: the query.
+    seen: int [S], the keys.
+    head: of the query.
+
+  Returns:
+    float64 [S].
+  """
+  options, bias = softmax.options, np.zeros(len(seen))
+  if options.use_alibi:
+    bias -= alibi_slope(head, softmax.n_head) * (t - seen)
+  if options.use_forget_gate:
+    gate = softmax.forget
+    logit = dense(gate.logit, x)[:, head] + float64(gate.bias)[head]
+    # The log of the product of the gates between key and query.
+    bias += [np.log(1 / (1 + np.exp(-logit[s + 1:t + 1]))).sum() for s in seen]
+  return bias
+
+
+def alibi_slope(head, n_head):
+  """Press et al. 2021, section 3."""
+  power = 2 ** math.floor(math.log2(n_head))
+  if head < power:
+    return 2 ** (-8 / power * (head + 1))
+  return 2 ** (-8 / (2 * power) * (2 * (head - power) + 1))
 
 
 def _off_by(softmax, head):

@@ -8,6 +8,7 @@ import pytest
 from model.sharding import Context
 from tests.attention import cases, oracles, weights
 from tests.attention.cases import Case, build, close, inputs
+from tests.attention.test_causal import score_bias
 
 
 def oracle(mixer, x, *, positions, segment_ids):
@@ -38,6 +39,7 @@ def oracle(mixer, x, *, positions, segment_ids):
     scores = scale * k[b, s, n // per_key] @ q[b, t, n]
     if cap:
       scores = cap * np.tanh(scores / cap)
+    scores = scores + score_bias(mixer.softmax, x[b], t, s, n)
     w = weights.of(
         mixer.softmax, scores, head=n, distances=t - s,
         position=positions[b, t], off_by=0 if sink is None else np.exp(sink[n]))

@@ -99,7 +99,7 @@ def test_gradients(case, T, packed):
     error = abs(got - want) - noise * np.abs(way).sum()
     # A number of which each head has one is a sum over tokens that cancels,
     # and of a saturated tanh the slope is a difference of nearly equal numbers.
-    exact = leaf.size > cases.MODEL['n_head'] and (
-        'attn_logit_softcapping' not in dict(case.flags))
-    tolerance = 1e-5 if exact else 1e-4
+    tolerance = 1e-5 if leaf.size > cases.MODEL['n_head'] else 1e-4
+    if 'attn_logit_softcapping' in dict(case.flags):
+      tolerance = 3e-4
     assert error <= tolerance * abs(want), (i, leaf.shape, got, want)

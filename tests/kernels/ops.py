@@ -258,7 +258,8 @@ class Scores(Row):
   H: int = 8
   V: int = 6
   F: int = 3  # width of the network of fire
-  A: int = 1  # its inputs
+  X: int = 1  # its inputs
+  A: int = 2
   weigh: Weigh = Softmax(2.0)
   scale: float = 0.3
   window: int = 0
@@ -270,11 +271,13 @@ class Scores(Row):
   op = staticmethod(scores.weighted_attention)
   definition = staticmethod(scores_reference.weighted_attention)
   operands = dict(q='BTNH', k='BSKH', v='BSKV', q_ids='BT', kv_ids='BS',
-                  first='N', second='N', c='', multiplier='', w1='AF', b1='F',
-                  w2='FN', b2='N', positions='BT')
-  optional = 'q_ids kv_ids first second c multiplier w1 b1 w2 b2 positions'
+                  first='N', second='N', c='', multiplier='', w1='XF', b1='F',
+                  w2='FN', b2='N', row_bias='BTNA', column_bias='BSNA',
+                  positions='BT')
+  optional = ('q_ids kv_ids first second c multiplier w1 b1 w2 b2 row_bias '
+              'column_bias positions')
   low = 'q k v'
-  series = 'q k v'
+  series = 'q k v row_bias column_bias'
   static = 'weigh scale window softcap by_length fire q_offset'
   results = dict(y='BTNV')
 
@@ -293,11 +296,14 @@ class Scores(Row):
 
   @staticmethod
   def call(op, *, q_ids=None, kv_ids=None, first=None, second=None, c=None,
-           multiplier=None, w1=None, b1=None, w2=None, b2=None, **arguments):
+           multiplier=None, w1=None, b1=None, w2=None, b2=None, row_bias=None,
+           column_bias=None, **arguments):
     ids = None if q_ids is None else (q_ids, kv_ids)
     learned = tuple(x for x in (first, second) if x is not None)
     fire = None if c is None else (c, multiplier, (w1, b1), (w2, b2))
-    return op(**arguments, segment_ids=ids, learned=learned, fire_learned=fire)
+    bias = None if row_bias is None else (row_bias, column_bias)
+    return op(**arguments, segment_ids=ids, learned=learned, fire_learned=fire,
+              bias=bias)
 
 
 def random_starts(rng, rows, time, *, every=9):

@@ -18,7 +18,8 @@ from tests.kernels.ops import Chunked, Flash, Scan, Scores
 
 # Values for the series of a document: inside, they may do what they like.
 GARBAGE = {
-    Scores: dict(finite=dict(q=5.0, k=1e3, v=-1e15)),
+    Scores: dict(finite=dict(
+        q=5.0, k=1e3, v=-1e15, row_bias=1e9, column_bias=-1e9)),
     Flash: dict(finite=dict(
         q=5.0, k=1e3, v=-1e15, row_bias=1e9, column_bias=-1e9)),
     Scan: {kind: dict.fromkeys(('x', 'dt', 'B', 'C', 'z'), value)

@@ -32,6 +32,8 @@ class Operands(NamedTuple):
   positions: Int[Array, 'B T'] | None
   learned: tuple  # of rule.weigh
   fire: tuple | None  # of rule.fire
+  row_bias: Float[Array, 'B T N A'] | None = None
+  column_bias: Float[Array, 'B S N A'] | None = None
 
 
 class Rule(NamedTuple):
@@ -62,6 +64,7 @@ def weighted_attention(
     by_length: bool = False,
     fire: Fire | None = None,
     fire_learned: tuple | None = None,
+    bias: tuple[Float[Array, 'B T N A'], Float[Array, 'B S N A']] | None = None,
     positions: Int[Array, 'B T'] | None = None,
     segment_ids: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None = None,
     q_offset: int | Int[Array, ''] = 0,
@@ -70,7 +73,7 @@ def weighted_attention(
   """Attends causally from q to k and v, with weights of `weigh`.
 
   Args:
-    q, k, v, scale, window, softcap, q_offset: as in
+    q, k, v, scale, window, softcap, bias, q_offset: as in
       `attention.kernels.flash`. There the softmax is of s, here any weights.
     weigh: of `attention.kernels.scores.weights`.
     learned: its learned numbers, [N] or [N,...] each.
@@ -100,9 +103,14 @@ def weighted_attention(
     raise ValueError('fire, fire_learned and positions come together: give '
                      'all of them or none')
   q_ids, kv_ids = segment_ids or (None, None)
+  row_bias, column_bias = bias or (None, None)
+  if bias is not None:
+    A = row_bias.shape[-1]
+    check('the bias of q', row_bias, B=batch, T=time, N=n_head, A=A)
+    check('the bias of k', column_bias, B=batch, S=keys, N=n_head, A=A)
   operands = Operands(
       q, k, v, q_ids, kv_ids, jnp.asarray(q_offset, jnp.int32), positions,
-      learned, fire_learned)
+      learned, fire_learned, row_bias, column_bias)
   rule = Rule(weigh, float(scale), int(window), float(softcap),
               bool(by_length), fire)
   module = dispatch.select(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from attention.kernels.flash.plain import visible
+from attention.kernels.flash.plain import difference, visible
 from attention.kernels.scores.fire import bias
 
 
@@ -26,7 +26,8 @@ def backward(operands, rule, saved, cotangents):
 def gradients(attend, operands, rule, cotangents):
   """The Operands' gradients through a function like `attend`."""
   floats = dict(q=operands.q, k=operands.k, v=operands.v,
-                learned=operands.learned, fire=operands.fire)
+                learned=operands.learned, fire=operands.fire,
+                row_bias=operands.row_bias, column_bias=operands.column_bias)
   _, pull = jax.vjp(
       lambda floats: attend(operands._replace(**floats), rule), floats)
   return operands._replace(
@@ -36,7 +37,7 @@ def gradients(attend, operands, rule, cotangents):
 
 def attend(operands, rule):
   """[B,T,N,V]."""
-  q, k, v, q_ids, kv_ids, q_offset, positions, learned, fire = operands
+  q, k, v, q_ids, kv_ids, q_offset, positions, learned, fire, *_ = operands
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   f32 = lambda x: x.astype(jnp.float32)
@@ -48,6 +49,9 @@ def attend(operands, rule):
   row, column = jnp.arange(T) + q_offset, jnp.arange(S)
   if rule.fire is not None:
     s += bias(rule.fire, fire, row[:, None] - column, positions)
+  if operands.row_bias is not None:
+    rows, columns = (jnp.transpose(x, (3, 0, 2, 1)) for x in operands[-2:])
+    s += difference(rows[..., :, None], columns[..., None, :])
   seen = visible(row, column, q_ids, kv_ids, rule)
   if q_ids is not None:
     seen = seen[:, 0]  # [B,1,T,S]

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from attention.kernels.scores.fire import bias
+from attention.kernels.scores import fire as fire_rule
 
 
 def weighted_attention(
     q, k, v, *, weigh, learned=(), scale, window=0, softcap=0.0,
-    by_length=False, fire=None, fire_learned=None, positions=None,
+    by_length=False, fire=None, fire_learned=None, bias=None, positions=None,
     segment_ids=None, q_offset=0):
   """`attention.kernels.scores.weighted_attention`, argument for argument."""
   dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -23,8 +23,12 @@ def weighted_attention(
     if softcap:
       s = softcap * jnp.tanh(s / softcap)
     if fire is not None:
-      s += bias(fire, fire_learned, (i - j)[None], positions[:, t][:, None])[
-          :, :, 0].astype(dtype)
+      s += fire_rule.bias(
+          fire, fire_learned, (i - j)[None], positions[:, t][:, None])[
+              :, :, 0].astype(dtype)
+    if bias is not None:
+      row, column = (x.astype(dtype) for x in bias)
+      s += jnp.sum(row[:, t][:, :, None] - jnp.swapaxes(column, 1, 2), -1)
     seen = (j <= i) & ((j > i - window) if window else True)
     seen = jnp.broadcast_to(seen, (B, 1, S))
     if segment_ids is not None:

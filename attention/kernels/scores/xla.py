@@ -38,19 +38,22 @@ def _attend(operands, rule):
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def block(part):
-    first, q, q_ids, positions = part
+    first, q, q_ids, positions, row_bias = part
     return plain.attend(operands._replace(
-        q=q, q_ids=q_ids, positions=positions,
+        q=q, q_ids=q_ids, positions=positions, row_bias=row_bias,
         q_offset=operands.q_offset + first), rule)
 
-  def split(x):
+  def split(x, mode='constant'):
     if x is None:
       return None
     fill = [(0, 0), (0, count * size - T)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, fill).reshape(-1, count, size, *x.shape[2:])
+    x = jnp.pad(x, fill, mode).reshape(-1, count, size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
+  # A bias of zero is a large one where the others are negative: the weights of
+  # queries that only fill a block could then be infinite.
   y = jax.lax.map(block, (jnp.arange(count) * size, *map(split, (
-      operands.q, operands.q_ids, operands.positions))))
+      operands.q, operands.q_ids, operands.positions)),
+                          split(operands.row_bias, 'edge')))
   y = jnp.moveaxis(y, 0, 1)
   return y.reshape(y.shape[0], count * size, *y.shape[3:])[:, :T]
