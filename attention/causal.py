@@ -40,9 +40,9 @@ class Attention(nnx.Module):
     H, K = heads.head_width(config), options.kv_heads(config.n_head)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, H), rngs=rngs)
+    self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
     self.softmax = Softmax(
         config, options, kv_shape=(K, H), value_width=H, rngs=rngs)
-    self.out = heads.out(config, heads=config.n_head, width=H, rngs=rngs)
     self.gate = Gate(config, options, width=H, rngs=rngs)
     self.mix = param(
         jnp.full(2, 0.5), '_', decay=False

@@ -57,9 +57,9 @@ class Attention(nnx.Module):
     self.groups = options.groups(N)
     self.query, self.key, self.value = heads.qkv(
         config, groups=K, widths=(H, V), rngs=rngs)
+    self.out = heads.out(config, heads=self.groups, width=V, rngs=rngs)
     self.softmax = Softmax(
         config, options, kv_shape=(K, H), value_width=V, rngs=rngs)
-    self.out = heads.out(config, heads=self.groups, width=V, rngs=rngs)
     self.gate = Gate(config, options, width=V, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import attention
+from attention.common.bias import alibi, alibi_slopes
 from attention.kernels import dispatch
 from configs import default
 from model.sharding import Context
@@ -293,6 +294,47 @@ def test_too_many_tokens_for_a_state():
 @pytest.mark.parametrize('gate, columns', [('head', 6), ('element', 24)])
 def test_a_gate_has_its_flops(gate, columns):
   assert build(attn_gate=gate).flops(8) - build().flops(8) == 2 * 24 * columns
+
+
+@pytest.mark.parametrize('n_head, want', [
+    (8, [1/2, 1/4, 1/8, 1/16, 1/32, 1/64, 1/128, 1/256]),
+    (6, [1/4, 1/16, 1/64, 1/256, 1/2, 1/8]), (1, [1/256])], ids=str)
+def test_alibi_slopes(n_head, want):
+  """Those that Press et al. print, and what their code gives for six."""
+  np.testing.assert_allclose(alibi_slopes(n_head), want, rtol=1e-12)
+
+
+def test_alibi_has_no_parameters_and_no_state():
+  mixer, plain = build(use_alibi=True), build()
+  assert jax.tree.structure(mixer) != jax.tree.structure(plain)
+  assert jax.tree.map(jnp.shape, jax.tree.leaves(mixer)) == jax.tree.map(
+      jnp.shape, jax.tree.leaves(plain))
+  assert jax.tree.map(jnp.shape, mixer.init_state(2, 9)) == jax.tree.map(
+      jnp.shape, plain.init_state(2, 9))
+
+
+def test_alibi_is_the_same_wherever_a_row_starts():
+  """At index 50,000 of a cache, for slopes that are no powers of two."""
+  row, column = alibi(12, batch=1, queries=1, keys=50_001, q_offset=50_000)
+  got = np.asarray(row - column).sum(-1)[0]
+  distance = 50_000 - np.arange(50_001)
+  np.testing.assert_allclose(
+      got, -distance[:, None] * alibi_slopes(12), atol=3e-5, rtol=1e-6)
+
+
+def test_the_sums_of_gates_are_float32_in_the_state():
+  state = build(use_forget_gate=True, compute_dtype='bfloat16').init_state(2, 9)
+  assert [(x.dtype, x.shape) for x in state['values']] == [
+      (jnp.bfloat16, (2, 9, 6, 4)), (jnp.bfloat16, (2, 9, 6, 4)),
+      (jnp.float32, (2, 9, 6, 2))]
+
+
+@pytest.mark.parametrize('bias', [-1e6, 0.0, 1e6])
+def test_any_gates_give_finite_outputs_and_gradients(bias):
+  mixer = build(use_forget_gate=True, forget_gate_bias_init=bias)
+  y, gradient = jax.value_and_grad(
+      lambda mixer: (run(mixer, 1e4 * example()) ** 2).mean())(mixer)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((y, gradient)))
 
 
 @pytest.mark.parametrize('window', [None, 3])

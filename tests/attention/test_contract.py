@@ -286,6 +286,11 @@ LIMITS = {
         dict(use_flash_obo_const=True, flash_lobo_log_const=0.7)),
     'a latent constant of zero': (
         dict(use_mla_lobo=True, mla_lobo_init=-1e4), {}),
+    'gates that forget nothing': (
+        dict(use_forget_gate=True, forget_gate_bias_init=1e3), {}),
+    'gates that forget everything': (
+        dict(use_forget_gate=True, forget_gate_bias_init=-1e4),
+        dict(window_size=1)),
     'no flash': (dict(disable_flash_attention=True), {}),
     'a group of one head': (dict(n_cproj=4), dict(use_concat_heads=True)),
 }
