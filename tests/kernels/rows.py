@@ -275,7 +275,7 @@ SCORES = (
     Scores(id='chunk', keys=100, q_offset=37, window=50, by_length=True,
            weigh=weights.Softplus(4.0), **BOTH),
     Scores(id='bias', T=100, keys=257, q_offset=157, softcap=2.0, K=1,
-           has=f'{BIAS} {PACKED}', **BOTH),
+           has=f'{BIAS} {PACKED}', weigh=weights.Softplus(4.0), **BOTH),
     Scores(id='empty rows', keys=100, q_offset=-20, slow='xla plain'),
     # What fire learns are sums over all pairs of tokens.
     Scores(id='multi-query', K=1, T=257, fire=Fire(1.5, 4.0, True), has=FIRE,

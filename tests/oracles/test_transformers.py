@@ -18,12 +18,14 @@ import pytest
 from flax import nnx
 
 import attention
+from attention.common.bias import alibi_slopes
 from model.layers import segment_positions
 from model.sharding import Context
 from tests.attention import cases
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
+BLOOM_CODE = importlib.import_module('transformers.models.bloom.modeling_bloom')
 
 pytestmark = pytest.mark.oracles
 
@@ -88,6 +90,13 @@ GPT_OSS = PROJECTIONS | {
     'out.bias': 'o_proj.bias',
     'softmax.log_sink': 'sinks',
 }
+# Their projection has a head's query, key and value side by side.
+BLOOM = {
+    f'{ours}.{kind}': lambda w, i=i, kind=kind: rows(
+        w[f'query_key_value.{kind}'], 3 * H, np.r_[i * H:i * H + H])
+    for i, ours in enumerate(('query', 'key', 'value'))
+    for kind in ('weight', 'bias')
+} | {'out.weight': 'dense.weight', 'out.bias': 'dense.bias'}
 DEEPSEEK_V2 = {
     'query.weight': lambda w: rows(
         w['q_proj.weight'], H + r, np.r_[0:H, H + UNPAIRED]),
@@ -172,6 +181,15 @@ def attended(layer, find, x):
       attention_mask=mask(layer.config, x, None, None, positions))[0]
 
 
+def biased(layer, find, x):
+  """Bloom's attention, with the bias and the mask of its model."""
+  del find
+  T = x.shape[1]
+  alibi = BLOOM_CODE.build_alibi_tensor(torch.ones(x.shape[:2]), N, x.dtype)
+  mask = torch.full((T, T), -torch.inf).triu(1)
+  return layer(x, torch.zeros_like(x), alibi, mask)[0]
+
+
 def alone(layer, find, x):
   """A layer that needs nothing but its input."""
   del find
@@ -253,6 +271,10 @@ MODELS = {
             num_attention_heads=2 * N, num_key_value_heads=2 * K,
             head_dim=H // 2),
         'differential', ROTARY, DIFFLLAMA),
+    'bloom': Model(
+        'bloom', 'Bloom', 'Attention',
+        dict(hidden_size=D, n_head=N, n_layer=1, attn_implementation='eager'),
+        'causal', dict(bias=True, use_alibi=True), BLOOM, call=biased),
     'deepseek_v2': Model(
         'deepseek_v2', 'DeepseekV2', 'Attention',
         ATTENTION | dict(
@@ -357,6 +379,12 @@ def agree(got, want):
   assert 0.5 < np.abs(want).max() < 10
   worst = np.abs(np.asarray(got) - want).max()
   assert worst <= 5e-6, f'error {worst:.2g}'
+
+
+@pytest.mark.parametrize('n_head', [1, 2, 3, 6, 8, 12, 16, 40])
+def test_same_alibi_slopes(n_head):
+  theirs = BLOOM_CODE._get_alibi_slopes(n_head, 'cpu')
+  np.testing.assert_allclose(alibi_slopes(n_head), numpy(theirs), rtol=2e-6)
 
 
 each = pytest.mark.parametrize('name', MODELS)
