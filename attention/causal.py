@@ -2,14 +2,15 @@
 
   s_ij = q_i . k_j / sqrt(H),  y_i = sum_j softmax_j(s_ij) v_j,  j <= i
 
-with grouped queries, rotary positions, qk norm, softcap, a window, an
-off-by-one softmax and a gate on the heads by flag. With causal_value_residual
+with grouped queries, rotary positions, qk norm, softcap, a window, biases of
+distance (`attention.common.bias`), an off-by-one softmax or other weights, and
+a gate on the heads by flag. With causal_value_residual
 
   v_j <- m_1 v_j + m_2 u_j,  u of the first layer,  m_1 = m_2 = 1/2 at first
 
 (Zhou et al. 2024, https://arxiv.org/abs/2410.17897). Time O(T^2), or O(T W)
 with a window of W; the state is the keys and values of all tokens, or of the
-last W - 1.
+last W - 1, and with forget gates two float32 numbers a head of each.
 """
 
 import dataclasses

@@ -172,10 +172,11 @@ class Weights(flags.ScoreBias, flags.Lobo, flags.Flash):
   @property
   def fused(self):
     """Whether this is a softmax that flash computes."""
-    # What flash adds to scores is to base e, and would be rounded by log 2.
     biased = self.use_alibi or self.use_forget_gate
-    return (self.softmax_variant_attn in ('softmax', 'softermax')[:2 - biased]
-            and not self.use_fire_embeddings and not self.div_by_seq_len)
+    name = self.softmax_variant_attn
+    # Of softermax flash gets scores times log 2, which would round a bias.
+    softmax = name == 'softmax' or (name == 'softermax' and not biased)
+    return softmax and not (self.use_fire_embeddings or self.div_by_seq_len)
 
   @property
   def log_base(self):

@@ -49,7 +49,7 @@ def forward(operands, rule):
         keys = _block(k, j, tiles.columns)
         s = _scores(q, keys, rule)[0]
         if row_bias is not None:
-          s += tiles.bias(row_bias, _block(column_bias, j, tiles.columns))
+          s += tiles.bias(row_bias, column_bias[j])
         if masked:
           seen = tiles.seen(i, j, q_ids, kv_ids)
           s = jnp.where(jnp.tile(seen, (G, 1)), s, -jnp.inf)
@@ -133,7 +133,7 @@ def backward(operands, rule, saved, dout):
     cut = lambda x: x.reshape(tiles.n_columns, tiles.columns, -1)
     (dq, drow), (dk, dv, dcolumn) = jax.lax.scan(
         one_block, (dq, drow),
-        (jnp.arange(tiles.n_columns), *jax.tree.map(cut, (k, v, column_bias))))
+        (jnp.arange(tiles.n_columns), cut(k), cut(v), column_bias))
     dq = jnp.swapaxes(dq * rule.scale, 1, 2).astype(q.dtype)
     return dq, dk, dv, drow, dcolumn
 
@@ -269,31 +269,32 @@ class _Tiles:
     """The bias of the scores of one tile, [G rows, columns] or transposed.
 
     Args:
-      row: [G rows, A], of `split_bias`.
-      column: [columns, G A], likewise.
+      row: [A,G,rows], of `split_bias`.
+      column: [A,G,columns], likewise.
       transposed: whether keys come first, as in the backward pass.
     """
-    A = row.shape[1]
-    row = row.T.reshape(A, self.G, -1)
-    column = jnp.moveaxis(column.reshape(-1, self.G, A), 2, 0)
     if transposed:
+      column = jnp.swapaxes(column, 1, 2)
       tile = plain.difference(row[:, None], column[..., None])
-      return tile.reshape(column.shape[1], -1)
-    column = jnp.swapaxes(column, 1, 2)
+      return tile.reshape(self.columns, -1)
     tile = plain.difference(row[..., None], column[:, :, None])
-    return tile.reshape(-1, column.shape[2])
+    return tile.reshape(-1, self.columns)
 
   def split_bias(self, row, column):
-    """[B,T,N,A], [B,S,N,A] -> [B K, blocks, G rows, A], [B K, padded S, G A].
+    """[B,T,N,A], [B,S,N,A] -> [B K, blocks, A, G, rows or columns].
 
     The bias of padded queries is -inf: their weights are zero whatever the
     keys have.
     """
     if row is None:
       return None, None
-    B, S, N, _ = column.shape
-    column = column.reshape(B, S, N // self.G, -1)
-    return self.split_queries(row, padding=-jnp.inf), self.split_keys(column)
+    B, S, N, A = column.shape
+    row = self.split_queries(row, padding=-jnp.inf)
+    row = row.reshape(-1, self.n_rows, self.G, self.rows, A)
+    column = self.split_keys(column.reshape(B, S, N // self.G, -1))
+    column = column.reshape(-1, self.n_columns, self.columns, self.G, A)
+    return (jnp.transpose(row, (0, 1, 4, 2, 3)),
+            jnp.transpose(column, (0, 1, 4, 3, 2)))
 
   def split_queries(self, x, padding=0.0):
     """[B,T,N,X] -> [B K, blocks, G rows, X]."""

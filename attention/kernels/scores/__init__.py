@@ -105,7 +105,7 @@ def weighted_attention(
   q_ids, kv_ids = segment_ids or (None, None)
   row_bias, column_bias = bias or (None, None)
   if bias is not None:
-    A = row_bias.shape[-1]
+    A = bias[0].shape[-1]
     check('the bias of q', row_bias, B=batch, T=time, N=n_head, A=A)
     check('the bias of k', column_bias, B=batch, S=keys, N=n_head, A=A)
   operands = Operands(
