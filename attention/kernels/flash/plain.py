@@ -58,7 +58,7 @@ def backward(operands, rule, saved, dout):
 
 
 def difference(row, column):
-  """sum_a (row_a - column_a), of [A,...] that broadcast: the bias of scores.
+  """sum_a (row_a - column_a), of A arrays each: the bias of scores.
 
   Subtracting before adding is what keeps the digits of differences.
   """
