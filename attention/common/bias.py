@@ -15,9 +15,10 @@ indexes do, and F starts anew. F is float32 in two addends, one of them what
 the other has lost. The state has F for every token; ALiBi needs none.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from attention.common.ops import running_sum
@@ -25,15 +26,14 @@ from model.layers import Einsum, param
 
 
 def alibi_slopes(n_head):
-  """float64 [N]: 2^(-8 n / N), n = 1 ... N, for a power of two.
+  """The slope of each head: 2^(-8 n / N), n = 1 ... N, for a power of two.
 
   Of other numbers of heads: those of the next smaller power of two, then every
   other one of those of the next larger one.
   """
   power = 2 ** (n_head.bit_length() - 1)
-  return np.concatenate([
-      2.0 ** (-8 * np.arange(1, power + 1) / power),
-      2.0 ** (-4 * np.arange(1, 2 * (n_head - power), 2) / power)])
+  return ([2 ** (-8 * n / power) for n in range(1, power + 1)]
+          + [2 ** (-4 * n / power) for n in range(1, 2 * (n_head - power), 2)])
 
 
 def alibi(n_head, *, batch, queries, keys, q_offset):
@@ -47,12 +47,17 @@ def alibi(n_head, *, batch, queries, keys, q_offset):
     q_offset: index of the first query, counted from the first key.
   """
   # Slopes of 8 bits times an index below 2^16 are exact, and the rest is small.
-  slopes = alibi_slopes(n_head)
-  short = slopes.astype(jnp.bfloat16).astype(np.float64)
-  addends = np.stack([short, slopes - short], -1).astype(np.float32)
+  addends = jnp.asarray(
+      [(_short(m), m - _short(m)) for m in alibi_slopes(n_head)], jnp.float32)
   of = lambda index: jnp.broadcast_to(
       -addends * index[:, None, None], (batch, *index.shape, *addends.shape))
   return of(q_offset + jnp.arange(queries)), of(jnp.arange(keys))
+
+
+def _short(x):
+  """x rounded to 8 bits."""
+  mantissa, exponent = math.frexp(x)
+  return math.ldexp(round(mantissa * 256), exponent - 8)
 
 
 class ForgetGate(nnx.Module):

@@ -319,7 +319,7 @@ def test_alibi_is_the_same_wherever_a_row_starts():
   got = np.asarray(row - column).sum(-1)[0]
   distance = 50_000 - np.arange(50_001)
   np.testing.assert_allclose(
-      got, -distance[:, None] * alibi_slopes(12), atol=3e-5, rtol=1e-6)
+      got, -np.outer(distance, alibi_slopes(12)), atol=3e-5, rtol=1e-6)
 
 
 def test_the_sums_of_gates_are_float32_in_the_state():

@@ -132,7 +132,7 @@ def test_every_number_has_a_range(name):
   assert FIELDS[name].metadata['bounds'] or name in (
       'flash_lobo_log_const', 'mla_lobo_init', 'consmax_initial_beta',
       'consmax_v2_clamp_value', 'consmax_saturation', 'strongermax_xmax_guess',
-      'strongermax_clamp_value', 'pfla_softmax_obo')
+      'strongermax_clamp_value', 'pfla_softmax_obo', 'forget_gate_bias_init')
   if options.types(FIELDS[name])[0] is float:
     assert f'{name} (nan) must be' in error(f'--{name}=nan')
 
