@@ -1,4 +1,4 @@
-"""Writes the tables of flags into README.md and docs/variants.md.
+"""Writes the tables of flags into docs/flags.md.
 
   python -m docs.tables          # writes them
   python -m docs.tables --check  # fails if they are not what the code says
@@ -41,25 +41,12 @@ def all_flags():
   return '\n\n'.join(parts)
 
 
-def matrix():
-  """Flags x variants: x works, empty raises."""
-  names = attention.names()
-  flags = sorted({f for name in names for f in attention.flags(name)})
-  rows = ['| flag | ' + ' | '.join(names) + ' |',
-          '|---|' + ':-:|' * len(names)]
-  for flag in flags:
-    marks = ['x' if flag in attention.flags(n) else '' for n in names]
-    rows.append(f'| `{flag}` | ' + ' | '.join(marks) + ' |')
-  return '\n'.join(rows)
-
-
 def _cell(text):
   return str(text).replace('|', '\\|')
 
 
-TABLES = {'attention-flags': attention_flags, 'all-flags': all_flags,
-          'matrix': matrix}
-FILES = ('README.md', 'docs/variants.md', 'docs/flags.md')
+TABLES = {'attention-flags': attention_flags, 'all-flags': all_flags}
+FILES = ('docs/flags.md',)
 
 
 def fill(text):
