@@ -8,6 +8,7 @@ forget it.
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from attention.kernels import chunked, flash, running, scan, scores
@@ -81,30 +82,37 @@ def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
     ctx.positions, learned, fire_learned)
 
 
-def linear_attention(q, k, v, ctx, *, state=None, **options):
-  """attention.kernels.chunked with a normaliser: y [B,T,N,V], (S, z).
+def linear_attention(q, k, v, ctx, *, decay=None, state=None, normalize=None,
+                     **options):
+  """attention.kernels.chunked: y [B,T,N,V] and the state.
 
   Args:
-    q, k, v: as there.
+    q, k, v, decay, normalize: as there.
     ctx: the Context, whose starts zero the state.
-    state: (S [B,K,H,V], z [B,K,H]) before the first step, or None: zero.
+    state: S [B,K,H,V] before the first step, with normalize the pair of it and
+      z [B,K,H]; or None: zero.
     **options: as there.
   """
   K, N = k.shape[2], q.shape[2]
   k, v = _repeated(ctx, N, (k, v), axis=2)
+  if decay is not None:
+    decay, = _repeated(ctx, N, (decay,), axis=-1)
   if state is not None:
-    state = _repeated(ctx, N, state, axis=1)
+    state = jax.tree.map(lambda x: _repeated(ctx, N, (x,), axis=1)[0], state)
 
-  def local(q, k, v, state, starts):
+  def local(q, k, v, decay, state, starts):
     return chunked.chunked_linear_attention(
-        q, k, v, s0=state, starts=starts, **options)
+        q, k, v, decay=decay, s0=state, starts=starts, normalize=normalize,
+        **options)
 
-  sums = ('BKHV', 'BKH')
-  y, (S, z) = ctx.sharded(
-      local, inputs=('BTNH', 'BTKH', 'BTKV', sums, 'BT'),
-      outputs=('BTNV', sums))(q, k, v, state, ctx.starts)
+  per_head = decay is not None and decay.ndim == 1
+  sums = 'BKHV' if normalize is None else ('BKHV', 'BKH')
+  y, state = ctx.sharded(
+      local, outputs=('BTNV', sums),
+      inputs=('BTNH', 'BTKH', 'BTKV', 'K' if per_head else 'BTK', sums, 'BT'),
+  )(q, k, v, decay, state, ctx.starts)
   copies = k.shape[2] // K
-  return y, (S[:, ::copies], z[:, ::copies])
+  return y, jax.tree.map(lambda x: x[:, ::copies], state)
 
 
 def _repeated(ctx, n_head, arrays, *, axis):

@@ -136,6 +136,11 @@ SETTINGS = {
     'use_concat_heads': [dict(use_concat_heads=True)],
     'differential_lambda_init': [
         dict(differential_lambda_init=0.8), dict(differential_lambda_init=0.0)],
+    'retention_decay': [
+        dict(retention_decay='data'), dict(retention_decay='lightning')],
+    'retention_decay_power': [
+        dict(retention_decay_power=0.5), dict(retention_decay_power=0.0)],
+    'retention_expand_v': [dict(retention_expand_v=1)],
     'rglru_width': [dict(rglru_width=24)],
     'rglru_conv_kernel_size': [
         dict(rglru_conv_kernel_size=2), dict(rglru_conv_kernel_size=1)],

@@ -15,7 +15,7 @@ from tests.attention import cases, oracles
 from tests.attention.cases import build, close, inputs
 
 LENGTHS = 1, 63, 64, 65, 257
-STEP = 1e-5
+STEP = 1e-6
 
 every_case = pytest.mark.parametrize('case', [
     *cases.MAIN, *(c for c in cases.SINGLE if c.flag == 'attn_xsa')], ids=str)

@@ -19,6 +19,7 @@ from flax import nnx
 
 import attention
 from attention.common.bias import alibi_slopes
+from attention import retention
 from model.layers import segment_positions
 from model.sharding import Context
 from tests.attention import cases
@@ -421,3 +422,15 @@ def test_decoding_is_one_call(name):
     got.append(y)
     start = end
   agree(np.concatenate(got, 1), theirs(x))
+
+
+@pytest.mark.parametrize('layer', [0, 3, 7])
+def test_lightning_slopes(layer):
+  """Of MiniMax-01: less decay in later layers, by a power."""
+  library = importlib.import_module(
+      'transformers.models.minimax.modeling_minimax')
+  config = library.MiniMaxConfig(
+      hidden_size=D, num_attention_heads=N, num_hidden_layers=8)
+  theirs = library.MiniMaxLightningAttention(config, layer).get_slope_rate()
+  got = (1 - layer / 7) * retention.log_decays('lightning', N)
+  np.testing.assert_allclose(-got, numpy(theirs).ravel(), atol=2e-5)
