@@ -10,6 +10,7 @@ Letters, used in every einsum and every shape of this project:
   L layers           Q latent queries      U token ids (vocabulary)
   P columns of one product that are split by use
   A addends of a number that float32 alone would round
+  J heads of keys, or of queries, that the states of several heads share
 
 They are the logical axes too: model.sharding lays arrays out on the mesh by
 them.

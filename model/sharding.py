@@ -23,6 +23,7 @@ RULES = {
     'F': ('tensor',),
     'N': ('tensor',),
     'K': ('tensor',),
+    'J': ('tensor',),
     'E': ('tensor',),
 }
 

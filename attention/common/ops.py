@@ -35,7 +35,7 @@ def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
     bias: None or the pair (of queries [B,T,N,A], of keys [B,S,N,A]).
     **options: as there.
   """
-  k, v = _repeated(ctx, q.shape[2], (k, v), axis=2)
+  k, v = (_repeated(x, ctx, q.shape[2], axis=2) for x in (k, v))
 
   def local(q, k, v, ids, sink, bias, q_offset):
     return flash.flash_attention(
@@ -93,12 +93,12 @@ def linear_attention(q, k, v, ctx, *, decay=None, state=None, normalize=None,
       z [B,K,H]; or None: zero.
     **options: as there.
   """
-  K, N = k.shape[2], q.shape[2]
-  k, v = _repeated(ctx, N, (k, v), axis=2)
-  if decay is not None:
-    decay, = _repeated(ctx, N, (decay,), axis=-1)
-  if state is not None:
-    state = jax.tree.map(lambda x: _repeated(ctx, N, (x,), axis=1)[0], state)
+  K = v.shape[2]
+  repeated = functools.partial(
+      _repeated, ctx=ctx, n_head=max(q.shape[2], K))
+  q, k, v = (repeated(x, axis=2) for x in (q, k, v))
+  decay = repeated(decay, axis=-1)
+  state = jax.tree.map(lambda x: repeated(x, axis=1), state)
 
   def local(q, k, v, decay, state, starts):
     return chunked.chunked_linear_attention(
@@ -109,24 +109,24 @@ def linear_attention(q, k, v, ctx, *, decay=None, state=None, normalize=None,
   sums = 'BKHV' if normalize is None else ('BKHV', 'BKH')
   y, state = ctx.sharded(
       local, outputs=('BTNV', sums),
-      inputs=('BTNH', 'BTKH', 'BTKV', 'K' if per_head else 'BTK', sums, 'BT'),
+      inputs=('BTNH', 'BTJH', 'BTKV', 'K' if per_head else 'BTK', sums, 'BT'),
   )(q, k, v, decay, state, ctx.starts)
-  copies = k.shape[2] // K
+  copies = v.shape[2] // K
   return y, jax.tree.map(lambda x: x[:, ::copies], state)
 
 
-def _repeated(ctx, n_head, arrays, *, axis):
-  """Repeats K heads until the mesh divides them.
+def _repeated(x, ctx, n_head, *, axis):
+  """An array, or None, with its heads repeated until the mesh divides them.
 
-  Every shard then holds those that its queries need.
+  Every shard then holds those that its part of n_head heads needs.
   """
-  K, shards = arrays[0].shape[axis], mesh_size(ctx.mesh, 'N')
+  if x is None:
+    return None
+  heads, shards = x.shape[axis], mesh_size(ctx.mesh, 'N')
   if n_head % shards:
     raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({n_head})')
-  copies = math.lcm(K, shards) // K
-  if copies == 1:
-    return arrays
-  return tuple(jnp.repeat(x, copies, axis) for x in arrays)
+  copies = math.lcm(heads, shards) // heads
+  return x if copies == 1 else jnp.repeat(x, copies, axis)
 
 
 def selective_scan(x, dt, A, B, C, D, ctx, *, z=None, dt_bias=None, h0=None,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
-# Sizes that a proof cuts down to, by letter. K heads become one and its group.
+# Sizes that a proof cuts down to, by letter. Of heads, one that is shared most
+# is left and those that share it.
 LARGEST = {'B': 2, 'T': 2048, 'S': 2048, 'E': 256}
 
 # Largest relative root mean square of the error of an output or a gradient, by
@@ -61,8 +62,8 @@ def example(op, call):
     if shape is not None:
       sizes |= dict(zip(letters[field], shape.shape))
   small = {x: min(n, LARGEST.get(x, n)) for x, n in sizes.items()}
-  if 'K' in sizes:
-    small |= {'N': sizes['N'] // sizes['K'], 'K': 1}
+  heads = {x: sizes[x] for x in 'NKJ' if x in sizes}
+  small |= {x: n // min(heads.values()) for x, n in heads.items()}
   rng = np.random.default_rng(0)
   # Documents that end in every block of keys, those of queries in the last.
   long = max(small.get('S', 0), small['T'])

@@ -204,6 +204,8 @@ class Chunked(Row):
   K: int = 2
   H: int = 8
   V: int = 6
+  J: int = 1
+  shared: str = ''  # Those of q and k that have J heads; N is K if q has.
   normalize: float | None = None
   per_head: bool = False  # The decay; else it is per step.
   decays: tuple = ()  # Repeated, in place of random ones.
@@ -221,8 +223,11 @@ class Chunked(Row):
 
   @property
   def letters(self):
-    letters = super().letters
-    return letters | {'decay': 'K'} if self.per_head else letters
+    own = {name: f'BTJ{self.operands[name][-1]}'
+           for name in self.shared.split()}
+    if self.per_head:
+      own['decay'] = 'K'
+    return super().letters | own
 
   @property
   def outputs(self):

@@ -196,6 +196,7 @@ STATE = 's0 z0'
 FULL = f'decay {STATE} starts'
 HOPPER = dict(N=2, K=1, H=16, V=32)  # What the tensor cores take.
 NORMAL = dict(normalize=1e-6)
+SHARED = dict(shared='q k')
 # A small decay keeps its digits next to one that forgets everything.
 EXTREME_DECAYS = (-100.0, -0.01, 0.0, -1e4, -1e-3, -jnp.inf, -0.1)
 
@@ -225,6 +226,21 @@ CHUNKED = (
     # Four query heads of a key head, two of them in a program.
     Chunked(id='shared state', T=100, K=1, has=f'decay {STATE}', **NORMAL,
             cut=dict(rows=128), slow='tpu'),
+    # Mamba-2: queries and keys of some heads, values and decays of each.
+    Chunked(id='shared queries and keys', T=100, N=6, K=6, J=2, **SHARED,
+            has='decay s0 starts', fast='xla tpu'),
+    Chunked(id='shared by all', T=257, K=4, **SHARED, has='decay s0',
+            slow='xla tpu'),
+    Chunked(id='shared without decay', K=4, J=2, **SHARED, **NORMAL, has=STATE,
+            slow='xla tpu'),
+    Chunked(id='shared and everything', T=100, K=4, J=2, **SHARED, **NORMAL,
+            has=FULL, fast='xla', slow='tpu'),
+    Chunked(id='shared keys of grouped queries', T=100, N=8, K=4, J=2,
+            shared='k', has=FULL, **NORMAL, fast='xla', slow='tpu'),
+    Chunked(id='shared keys, several programs', T=100, N=8, J=1, shared='k',
+            has='decay s0', cut=dict(rows=64), slow='tpu'),
+    Chunked(id='shared queries alone', T=100, K=4, J=2, shared='q',
+            has='decay s0 starts', slow='xla tpu'),
     Chunked(id='extreme decays', T=100, has='decay s0', decays=EXTREME_DECAYS,
             fast='xla', slow='tpu'),
     Chunked(id='bfloat16', has='s0', dtype=jnp.bfloat16, fast='xla',
@@ -255,6 +271,14 @@ CHUNKED = (
             decays=EXTREME_DECAYS, **HOPPER, slow='gpu'),
     Chunked(id='hopper extreme decays packed', T=100, has='decay s0 starts',
             decays=EXTREME_DECAYS, **HOPPER, slow='gpu'),
+    Chunked(id='hopper shared', T=130, N=6, K=6, J=2, H=32, V=16, **SHARED,
+            has='decay s0 starts', fast='gpu'),
+    Chunked(id='hopper shared and everything', T=100, N=4, K=4, J=2, H=16,
+            V=32, **SHARED, **NORMAL, has=FULL, slow='gpu'),
+    Chunked(id='hopper shared keys of grouped queries', T=100, N=8, K=4, J=2,
+            H=16, V=32, shared='k', has=FULL, **NORMAL, slow='gpu'),
+    Chunked(id='hopper shared queries alone', N=4, K=4, J=2, H=16, V=32,
+            shared='q', has='s0 starts', slow='gpu'),
     *(Chunked(id=f'hopper {H} by {V}', T=130, N=N, K=K, H=H, V=V, has=FULL,
               **NORMAL, slow='gpu')
       for H, V, N, K in (

@@ -63,6 +63,7 @@ F32, F16 = dict(dtype=jnp.float32), dict(dtype=jnp.float16)
 LONE = dict(B=1, N=1, K=1, H=8, V=8, T=2048, dtype=jnp.float32)
 HOPPER = dict(B=1, N=8, K=2)
 NORMAL = dict(normalize=1e-6)
+SHARED = dict(shared='q k')
 
 # The v4, which has the least VMEM, takes all of flash; the others what has
 # other blocks.
@@ -123,11 +124,19 @@ ROWS = (
             **NORMAL),
     chunked('short', H=24, V=6, T=100, has='decay s0 starts'),
     chunked('decode', T=1, has='s0 z0 starts', **NORMAL),
+    chunked('shared', TPUS, N=8, K=8, V=64, has='decay s0 starts', **SHARED),
+    chunked('shared keys', N=8, K=4, J=2, H=64, T=1300, shared='k',
+            has='decay s0 z0', **NORMAL),
+    chunked('shared decode', T=1, N=8, K=8, V=64, has='decay s0', **SHARED),
+    chunked('split shared', 'pod', B=8, N=16, K=16, has='decay s0', **SHARED),
     chunked('split', 'pod', B=8, N=16, K=16, has='s0 z0 starts', **NORMAL),
     *(chunked(f'{T}, {H} by {V}', 'h100', T=T, H=H, V=V, has='decay starts',
               **HOPPER, **NORMAL)
       for T, H, V in ((100, 64, 64), (1, 128, 128), (257, 80, 96),
                       (300, 16, 128), (300, 112, 48))),
+    *(chunked(f'shared {T}, {H} by {V}', 'h100', B=1, T=T, N=8, K=8, H=H, V=V,
+              has='decay starts', **SHARED)
+      for T, H, V in ((1000, 128, 64), (1, 64, 32), (257, 80, 48))),
     chunked('split', 'h100s', B=8, N=8, T=512, V=64, has='decay starts',
             **NORMAL),
 )
@@ -161,6 +170,7 @@ REGISTERS = (
       for H in (64, 128) for has, options in (
           ('', NORMAL), ('', {}), ('starts', NORMAL), ('decay starts', NORMAL),
           ('decay starts', {}))),
+    (chunked('shared', B=1, N=8, K=8, V=64, has='decay starts', **SHARED), {}),
 )
 
 

@@ -6,6 +6,11 @@ The common form of linear attention (Katharopoulos et al. 2020, arXiv
   S_t = a_t S_{t-1} + k_t v_t^T        y_t = q_t^T S_t
   z_t = a_t z_{t-1} + k_t              y_t = q_t^T S_t / (q_t^T z_t + eps)
 
+There is a state for each of the K heads of v. As in grouped queries, N / K
+heads of q in a row may read each state, and as in Mamba-2, states may share a
+head of k, of q or of both: J heads, K / J states in a row for each. No
+implementation repeats an array for it.
+
 The outputs of an implementation (see `attention.kernels.contract`) are
 (y, sT, zT), zT None without normalize.
 
@@ -27,8 +32,8 @@ IMPLEMENTATIONS = ('xla', 'tpu', 'gpu')
 
 class Operands(NamedTuple):
   """The arrays: decay per step or None, z0 None without normalize."""
-  q: Float[Array, 'B T N H']
-  k: Float[Array, 'B T K H']
+  q: Float[Array, 'B T N H']  # or J heads
+  k: Float[Array, 'B T J H']
   v: Float[Array, 'B T K V']
   decay: Float[Array, 'B T K'] | None
   s0: Float[Array, 'B K H V']
@@ -46,8 +51,8 @@ State = (Float[Array, 'B K H V']
 
 
 def chunked_linear_attention(
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
+    q: Float[Array, 'B T N H'] | Float[Array, 'B T J H'],
+    k: Float[Array, 'B T K H'] | Float[Array, 'B T J H'],
     v: Float[Array, 'B T K V'],
     *,
     decay: Float[Array, 'K'] | Float[Array, 'B T K'] | None = None,
@@ -55,14 +60,15 @@ def chunked_linear_attention(
     starts: Bool[Array, 'B T'] | None = None,
     normalize: float | None = None,
     implementation: str = 'auto',
-) -> tuple[Float[Array, 'B T N V'], State]:
+) -> tuple[Float[Array, 'B T N V'] | Float[Array, 'B T K V'], State]:
   """Computes y_t = q_t^T S_t with S_t = exp(decay_t) S_{t-1} + k_t v_t^T.
 
   Args:
-    q: queries; N/K query heads in a row share the state of a key/value head.
-    k: keys.
-    v: values.
-    decay: log of the decay, <= 0, per head or per step. None: no decay.
+    q: queries; N, a multiple of K: N/K query heads in a row share a state; or
+      J, a divisor: K/J states in a row share a query.
+    k: keys, one for each state, or J: likewise.
+    v: values, one for each state.
+    decay: log of the decay, <= 0, per state or per step. None: no decay.
     s0: state before the first step; with normalize the pair (S, z). None:
       zero.
     starts: where a document starts: the state is zeroed before that step.
@@ -72,9 +78,10 @@ def chunked_linear_attention(
     implementation: 'auto' or one of IMPLEMENTATIONS.
 
   Returns:
-    y in v's dtype and the state after the last step in float32, in which the
-    state is kept throughout; with normalize the pair (S, z). Every array but
-    starts has a gradient, in reverse mode.
+    y in v's dtype, of the heads of q or v, whichever has more, and the state
+    after the last step in float32, in which the state is kept throughout; with
+    normalize the pair (S, z). Every array but starts has a gradient, in reverse
+    mode.
 
   Raises:
     ValueError: a shape or an eps that does not fit, an unknown implementation.
@@ -82,13 +89,13 @@ def chunked_linear_attention(
   """
   s0, z0 = s0 if isinstance(s0, tuple) else (s0, None)
   _check(q, k, v, decay, s0, z0, starts, normalize)
-  batch, time, groups, width = k.shape
+  batch, time, states, v_width = v.shape
   if s0 is None:
-    s0 = jnp.zeros((batch, groups, width, v.shape[-1]), jnp.float32)
+    s0 = jnp.zeros((batch, states, k.shape[-1], v_width), jnp.float32)
     if normalize is not None:
-      z0 = jnp.zeros((batch, groups, width), jnp.float32)
+      z0 = jnp.zeros(s0.shape[:-1], jnp.float32)
   if decay is not None:
-    decay = jnp.broadcast_to(decay, (batch, time, groups))
+    decay = jnp.broadcast_to(decay, (batch, time, states))
   operands, rule = Operands(q, k, v, decay, s0, z0, starts), Rule(normalize)
   module = dispatch.select(
       __name__, implementation, IMPLEMENTATIONS, operands, rule)
@@ -98,21 +105,26 @@ def chunked_linear_attention(
 
 def _check(q, k, v, decay, s0, z0, starts, normalize):
   batch, time, heads, width = q.shape
-  groups, v_width = k.shape[2], v.shape[-1]
+  states, v_width = v.shape[2:]
+  shared = k.shape[2]
   check = contract.check_shape
-  check('k', k, B=batch, T=time, K=groups, H=width)
-  check('v', v, B=batch, T=time, K=groups, V=v_width)
-  check('s0', s0, B=batch, K=groups, H=width, V=v_width)
-  check('z0', z0, B=batch, K=groups, H=width)
+  check('k', k, B=batch, T=time, J=shared, H=width)
+  check('v', v, B=batch, T=time, K=states, V=v_width)
+  check('s0', s0, B=batch, K=states, H=width, V=v_width)
+  check('z0', z0, B=batch, K=states, H=width)
   check('starts', starts, B=batch, T=time)
   if decay is not None and decay.ndim == 1:
-    check('decay', decay, K=groups)
+    check('decay', decay, K=states)
   else:
-    check('decay', decay, B=batch, T=time, K=groups)
-  if heads % groups:
+    check('decay', decay, B=batch, T=time, K=states)
+  if states % shared:
     raise ValueError(
-        f'q has {heads} heads, no multiple of the {groups} of k: '
-        'repeat or drop query heads')
+        f'v has {states} heads, no multiple of the {shared} of k: repeat or '
+        'drop heads')
+  if heads % states and (states % heads or shared not in (heads, states)):
+    raise ValueError(
+        f'q has {heads} heads, no multiple of the {states} of v, nor as few as '
+        f'share them: repeat or drop query heads')
   if time == 0:
     raise ValueError('q has T=0 steps: give it at least one')
   if normalize is not None and normalize <= 0:

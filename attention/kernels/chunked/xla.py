@@ -9,7 +9,9 @@ at a time.
 The loop cuts a group out of arrays [B, groups, n, T, ...] of n chunks of T
 steps, and lays it out as [B, K, n, T, ...], queries as [B, K, n, G, T, H], so
 that each product is one batched matrix product without a transpose. Laid out
-before the loop, XLA:CPU would copy all of them twice.
+before the loop, XLA:CPU would copy all of them twice. Keys and queries that
+states share have J heads there in place of K, and so have their products with
+each other.
 """
 
 import functools
@@ -47,7 +49,8 @@ def forward(operands, rule):
   state = _float32((s0, z0))
   states = jax.tree.map(
       lambda a: jnp.zeros((a.shape[0], groups, *a.shape[1:])), state)
-  y = jnp.zeros((*inputs[0].shape[:-1], v.shape[-1]), v.dtype)
+  heads = max(q.shape[2], v.shape[2])
+  y = jnp.zeros((*inputs[0].shape[:4], heads, v.shape[-1]), v.dtype)
   (sT, zT), states, y = jax.lax.fori_loop(
       0, groups, step, (state, states, y))
   y = y.reshape(y.shape[0], -1, *y.shape[4:])
@@ -81,8 +84,8 @@ def backward(operands, rule, states, cotangents):
 def _group(state, inputs, starts, rule):
   """One group of chunks: the state after it, and its outputs."""
   q, k, v, decay = _float32(inputs)
-  heads = q.shape[3]
-  q = q.reshape(*k.shape[:4], -1, k.shape[-1])
+  heads = max(q.shape[3], v.shape[3])
+  q = q.reshape(*q.shape[:3], min(q.shape[3], v.shape[3]), -1, q.shape[-1])
   q = jnp.einsum('BnTKGH->BKnGTH', q)
   k, v, decay = jax.tree.map(lambda x: jnp.moveaxis(x, 3, 1), (k, v, decay))
   state, y = _attend(state, q, k, v, decay, starts, rule)
@@ -92,40 +95,46 @@ def _group(state, inputs, starts, rule):
 
 def _attend(state, q, k, v, decay, starts, rule):
   """The same of arrays laid out for the products."""
-  pairs, from_state, to_end = _visible(starts, k.shape[2:4])
-  # All queries of a key head in one product.
+  pairs, from_state, to_end = _visible(starts, v.shape[2:4])
+  # All queries of a head in one product.
   rows = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])
-  grouped = lambda x: x.reshape(*q.shape[:-1], x.shape[-1])
+  grouped = lambda x: x.reshape(*x.shape[:3], *q.shape[3:5], x.shape[-1])
+  of_states = lambda x: jnp.repeat(x, v.shape[1] // x.shape[1], axis=1)
 
   weights = grouped(_matmul('a b^T', rows(q), k))
   weights = jnp.where(pairs[:, None, :, None], weights, 0.0)
   k_kept = jnp.where(to_end[:, None, ..., None], k, 0.0)
-  kept = None
+  survives = from_state[:, None, :, -1]
+  from_state = from_state[:, None, :, None, :, None]
+  read = lambda carried: jnp.where(from_state, carried, 0.0)
+  # Decays weigh what each state has for itself: v, and what is read of it.
+  v_kept, kept = v, None
   if decay is not None:
     within, before = _decays(decay)
-    weights = weights * within[:, :, :, None]
-    q = q * before[..., None, :, None]
-    k_kept = k_kept * within[..., -1, :, None]
-    kept = before[..., -1]
-  survives = from_state[:, None, :, -1]
+    weights = of_states(weights) * within[:, :, :, None]
+    v_kept, kept = v * within[..., -1, :, None], before[..., -1]
+    read = lambda carried: jnp.where(
+        from_state, carried * before[:, :, :, None, :, None], 0.0)
 
-  new = _matmul('a^T b', k_kept, v)
+  new = _matmul('a^T b', k_kept, v_kept)
   S, S_before = _states(state[0], new, survives, kept)
-  from_state = from_state[:, None, :, None]
-  carried = grouped(_matmul('a b', rows(q), S_before))
-  carried = jnp.where(from_state[..., None], carried, 0.0)
-  y = grouped(_matmul('a b', rows(weights), v)) + carried
+  y = grouped(_matmul('a b', rows(weights), v)) + read(
+      grouped(_matmul('a b', rows(q), S_before)))
   if rule.normalize is None:
     return (S, None), y
 
-  z, z_before = _states(state[1], k_kept.sum(-2), survives, kept)
-  carried = jnp.einsum('BKnGTH,BKnH->BKnGT', q, z_before)
-  carried = jnp.where(from_state, carried, 0.0)
+  if decay is None:
+    new = of_states(k_kept.sum(-2))
+  else:
+    new = _matmul('a b', within[..., -1:, :], k_kept)[..., 0, :]
+  z, z_before = _states(state[1], new, survives, kept)
+  carried = read(jnp.einsum(
+      'BKnGTH,BKnH->BKnGT', of_states(q), z_before)[..., None])
   # The reciprocal first: its gradient takes one division a row. Spread over V
   # by a product, so that its gradient is one too and not a sum: into that,
   # XLA:CPU would fuse the products that y is made of, a second time.
-  scale = 1 / (weights.sum(-1) + carried + rule.normalize)
-  scale = jnp.einsum('...T,V->...TV', scale, jnp.ones(y.shape[-1:]),
+  total = of_states(weights.sum(-1)) + carried[..., 0] + rule.normalize
+  scale = jnp.einsum('...T,V->...TV', 1 / total, jnp.ones(y.shape[-1:]),
                      precision='highest')
   return (S, z), y * scale
 
@@ -137,12 +146,20 @@ def _matmul(form, a, b):
   On a CPU a product over the rows of a runs on a slow path. Half the products
   of a gradient are such, so that a is transposed first; the barrier keeps the
   compiler from undoing that.
+
+  Of J and K heads, on the second axis, each of the J is multiplied with K / J
+  in a row.
   """
   if form == 'a^T b':
     a = jax.lax.optimization_barrier(a.swapaxes(-1, -2))
   elif form == 'a b^T':
     b = b.swapaxes(-1, -2)
-  return a @ b
+  few, many = sorted((a.shape[1], b.shape[1]))
+  if few == many:
+    return a @ b
+  apart = lambda x: x.reshape(x.shape[0], few, -1, *x.shape[2:])
+  c = apart(a) @ apart(b)
+  return c.reshape(c.shape[0], many, *c.shape[3:])
 
 
 def _matmul_forward(form, a, b):
@@ -152,10 +169,19 @@ def _matmul_forward(form, a, b):
 def _matmul_backward(form, operands, dc):
   a, b = operands
   if form == 'a b':
-    return _matmul('a b^T', dc, b), _matmul('a^T b', a, dc)
-  if form == 'a b^T':
-    return _matmul('a b', dc, b), _matmul('a^T b', dc, a)
-  return _matmul('a b^T', b, dc), _matmul('a b', a, dc)
+    da, db = _matmul('a b^T', dc, b), _matmul('a^T b', a, dc)
+  elif form == 'a b^T':
+    da, db = _matmul('a b', dc, b), _matmul('a^T b', dc, a)
+  else:
+    da, db = _matmul('a b^T', b, dc), _matmul('a b', a, dc)
+  return _of_heads(da, a.shape[1]), _of_heads(db, b.shape[1])
+
+
+def _of_heads(x, heads):
+  """Sums over the heads in a row that share one of so many."""
+  if x.shape[1] == heads:
+    return x
+  return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

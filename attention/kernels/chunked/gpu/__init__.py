@@ -37,8 +37,8 @@ def forward(operands, rule):
   """See `attention.kernels.chunked`."""
   q, k, v, decay, s0, z0, starts = operands
   time = q.shape[1]
-  plan = _plan(q, k, rule)
-  weights = chunk.weights(k, decay, starts)
+  plan = _plan(q, v, rule)
+  weights = chunk.weights(v, decay, starts)
   q, k, v = (pad(x, axis=1) for x in (q, k, v))
   scales = None
   if weights.kept is not None:
@@ -60,8 +60,8 @@ def backward(operands, rule, saved, cotangents):
   q, k, v, decay, _, _, starts = operands
   time = q.shape[1]
   states, z, *normalized = saved
-  plan = _plan(q, k, rule)
-  weights = chunk.weights(k, decay, starts)
+  plan = _plan(q, v, rule)
+  weights = chunk.weights(v, decay, starts)
   dy = dy.astype(q.dtype)
   inverse = delta = None
   if rule.normalize is not None:
@@ -84,13 +84,22 @@ def backward(operands, rule, saved, cotangents):
     ddecay = chunk.decay_gradient(weights, starts, passed, out)
     ddecay = jnp.swapaxes(ddecay, 1, 2)[:, :time]
   dq, dk, dv = (out[name][:, :time] for name in ('dq', 'dk', 'dv'))
+  dq, dk = _summed(dq, operands.q), _summed(dk, operands.k)
   return chunked.Operands(dq, dk, dv, ddecay, dS['last'], dS['z_last'], None)
 
 
-def _plan(q, k, rule):
-  K = k.shape[2]
+def _plan(q, v, rule):
+  K = v.shape[2]
   return launch.Plan(
-      K, q.shape[2] // K, pl.cdiv(q.shape[1], chunk.CHUNK), rule.normalize)
+      K, max(q.shape[2] // K, 1), pl.cdiv(q.shape[1], chunk.CHUNK),
+      rule.normalize)
+
+
+def _summed(x, like):
+  """[B,T,heads,H] summed over the heads in a row that share one of another."""
+  if x.shape[2] == like.shape[2]:
+    return x
+  return x.reshape(*x.shape[:2], like.shape[2], -1, x.shape[-1]).sum(3)
 
 
 def _reverse_scales(plan, weights, inverse, delta):

@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attention.kernels import mosaic_gpu
 from attention.kernels.chunked.gpu.chunk import (
     CHUNK,
+    head_of,
     pairs,
     steps,
     weigh,
@@ -66,7 +67,7 @@ def _load_chunk(gmem, smem, plan, place):
   row = head * plan.chunks + chunk
   index = batch * plan.K * plan.chunks + row
   mosaic_gpu.copy_in(
-      [(gmem.k.at[batch, times, head], smem.k),
+      [(gmem.k.at[batch, times, head_of(gmem.k, head, plan.K)], smem.k),
        (gmem.v.at[batch, times, head], smem.v),
        (gmem.states.at[index], smem.states),
        (gmem.dstates.at[index], smem.dstates),
@@ -80,7 +81,8 @@ def _load_queries(gmem, smem, plan, place, member):
   times = steps(chunk)
   source = head * plan.G + member
   slot = lax.rem(member, jnp.int32(smem.q.shape[0]))
-  copies = [(gmem.q.at[batch, times, source], smem.q.at[slot]),
+  copies = [(gmem.q.at[batch, times, head_of(
+                 gmem.q, source, plan.K * plan.G)], smem.q.at[slot]),
             (gmem.dy.at[batch, times, source], smem.dy.at[slot])]
   if plan.normalize is not None:
     copies.append(
@@ -126,7 +128,7 @@ def _make_dq(gmem, smem, plan, place):
     if decayed:
       rows += queries_by(dq)
     mosaic_gpu.wait_read()
-    smem.dq[...] = dq.astype(dtype)
+    smem.dq[...] = dq.astype(smem.dq.dtype)
     mosaic_gpu.copy_out(
         [(smem.dq, gmem.dq.at[batch, times, head * plan.G + member])])
     mosaic_gpu.arrive(smem.free.at[slot])
@@ -203,7 +205,7 @@ def _make_dk_dv(gmem, smem, plan, place):
     carried += by_column(
         smem.dz[pl.ds(0, carried.shape[1])], carried.shape)
   carried = kept(carried)
-  smem.dk[...] = (dk + carried).astype(dtype)
+  smem.dk[...] = (dk + carried).astype(smem.dk.dtype)
   copies = [(smem.dk, gmem.dk.at[batch, times, head]),
             (smem.dv, gmem.dv.at[batch, times, head])]
   if decayed:

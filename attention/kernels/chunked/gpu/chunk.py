@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -32,11 +33,11 @@ class Weights(NamedTuple):
   kept: jax.Array | None  # [B,K,chunks], from state to state
 
 
-def weights(k, decay, starts):
-  """Weights of a call: k [B,T,K,H], decay [B,T,K], starts [B,T] or None."""
+def weights(v, decay, starts):
+  """Weights of a call: v [B,T,K,V], decay [B,T,K], starts [B,T] or None."""
   if decay is None and starts is None:
     return Weights(*(None,) * 5)
-  logs = (jnp.zeros((k.shape[0], k.shape[2], k.shape[1])) if decay is None
+  logs = (jnp.zeros((v.shape[0], v.shape[2], v.shape[1])) if decay is None
           else jnp.swapaxes(decay.astype(jnp.float32), 1, 2))
   # The state before is forgotten where a document starts.
   if starts is not None:
@@ -109,6 +110,12 @@ def chunks(x):
 
 def steps(chunk):
   return pl.ds(chunk * CHUNK, CHUNK)
+
+
+def head_of(array, head, heads):
+  """The head of an array [B,T,J,..] that one of so many heads reads."""
+  share = heads // array.shape[2]
+  return head if share == 1 else lax.div(head, jnp.int32(share))
 
 
 def weight_copies(gmem, smem, batch, head, chunk):

@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 
 from attention.kernels import mosaic_gpu
 from attention.kernels.chunked.gpu.chunk import (
+    head_of,
     pairs,
     steps,
     weigh,
@@ -28,7 +29,8 @@ def kernel(gmem, smem, plan):
 
   def load(member):
     slot = lax.rem(member, jnp.int32(slots))
-    source = gmem.q.at[batch, times, head * plan.G + member]
+    source = gmem.q.at[batch, times, head_of(
+        gmem.q, head * plan.G + member, plan.K * plan.G)]
     mosaic_gpu.copy_in([(source, smem.q.at[slot])], smem.ready.at[slot])
 
   def visit(member, carry):
@@ -63,7 +65,7 @@ def kernel(gmem, smem, plan):
     load(jnp.int32(member))
   index = head * plan.chunks + chunk
   mosaic_gpu.copy_in(
-      [(gmem.k.at[batch, times, head], smem.k),
+      [(gmem.k.at[batch, times, head_of(gmem.k, head, plan.K)], smem.k),
        (gmem.v.at[batch, times, head], smem.v),
        (gmem.states.at[batch * plan.K * plan.chunks + index], smem.states),
        *optional(gmem.z, (batch, index), smem.z),

@@ -2,9 +2,10 @@
 
 In global memory, T being a multiple of 8:
 
-  q, dy, y, dq       [B,T,N,H or V]  queries and outputs
-  k, v, dk, dv       [B,T,K,H or V]  keys and values
-  x, y               [B,T,K*G,..]    what the states are sums of
+  q, dy, y, dq       [B,T,K*G,H or V]  queries and outputs; J heads of q if
+                     states share them
+  k, v, dk, dv       [B,T,K,H or V]  keys and values; likewise of k
+  x, y               [B,T,K*G,..]    what the states are sums of; likewise of x
   scales             [B,K*G,chunks*R,CHUNK]  for each chunk the R rows w, kept
                      (repeated) and with a normaliser u
   s, last            [B,K,H,V]       state that enters, state that leaves
@@ -50,7 +51,7 @@ STAGES = 3
 class Plan(NamedTuple):
   """What a kernel is compiled for, beside the shapes of its operands."""
   K: int
-  G: int  # query heads of a key head
+  G: int  # query heads of a state
   chunks: int
   normalize: float | None
   reverse: bool = False  # The last chunk comes first.
@@ -95,8 +96,8 @@ def forward(plan, *, q, k, v, states, z, weights):
   Returns:
     {'y', 'inverse', None without a normaliser}.
   """
-  B, T, N, H = q.shape
-  V = v.shape[-1]
+  B, T, _, H = q.shape
+  N, V = plan.K * plan.G, v.shape[-1]
   summed = z is not None
   slots = min(plan.G, 2)
   tile = functools.partial(mosaic_gpu.tile, dtype=q.dtype, cut=math.gcd(H, V))
@@ -123,14 +124,18 @@ def gradients(plan, *, q, k, v, dy, states, dstates, inverse, z, dz, weights):
 
   Returns:
     {'dq', 'dk', 'dv', 'rows', 'columns', 'ends'}, the last three None without
-    decays.
+    decays; dq and dk of shared heads one by one in float32.
   """
-  B, _, _, H = q.shape
+  B, T, _, H = q.shape
   V = v.shape[-1]
   summed, decayed = z is not None, weights.levels is not None
   slots = min(plan.G, 2)
   tile = functools.partial(mosaic_gpu.tile, dtype=q.dtype, cut=math.gcd(H, V))
   given = weights._replace(kept=None)._asdict()
+  # Parts of a sum are not rounded.
+  exact = lambda x, heads: x.dtype if x.shape[2] == heads else jnp.float32
+  N = plan.K * plan.G
+  q_dtype, k_dtype = exact(q, N), exact(k, plan.K)
   sums = output(B, plan.K, plan.chunks * CHUNK) if decayed else None
   per_step = buffer(CHUNK) if decayed else None
   return mosaic_gpu.launch(
@@ -138,12 +143,15 @@ def gradients(plan, *, q, k, v, dy, states, dstates, inverse, z, dz, weights):
       grid=dict(b=B, k=plan.K, chunk=plan.chunks),
       operands=dict(q=q, k=k, v=v, dy=dy, states=states, dstates=dstates,
                     inverse=inverse, z=z, dz=dz) | given,
-      outputs=dict(dq=like(q), dk=like(k), dv=like(v), rows=sums, columns=sums,
-                   ends=sums),
+      outputs=dict(
+          dq=output(B, T, N, H, dtype=q_dtype),
+          dk=output(B, T, plan.K, H, dtype=k_dtype), dv=like(v), rows=sums,
+          columns=sums, ends=sums),
       scratch=dict(
-          q=tile(slots, CHUNK, H), dy=tile(slots, CHUNK, V), dq=tile(CHUNK, H),
-          k=tile(CHUNK, H), v=tile(CHUNK, V),
-          dk=tile(CHUNK, H), dv=tile(CHUNK, V),
+          q=tile(slots, CHUNK, H), dy=tile(slots, CHUNK, V),
+          dq=tile(CHUNK, H, dtype=q_dtype), k=tile(CHUNK, H),
+          v=tile(CHUNK, V), dk=tile(CHUNK, H, dtype=k_dtype),
+          dv=tile(CHUNK, V),
           states=tile(H, V), dstates=tile(H, V),
           inverse=buffer(slots, CHUNK) if summed else None,
           delta=buffer(slots, CHUNK) if summed else None,

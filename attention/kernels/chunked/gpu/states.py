@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention.kernels import mosaic_gpu
-from attention.kernels.chunked.gpu.chunk import steps, weigh
+from attention.kernels.chunked.gpu.chunk import head_of, steps, weigh
 from attention.kernels.mosaic_gpu import PER_COLUMN, ROWS, by_row, optional
 
 
@@ -36,8 +36,9 @@ def kernel(gmem, smem, plan):
     chunk, member = place(visit)
     slot = lax.rem(visit, jnp.int32(stages))
     source = head * plan.G + member
+    x_head = head_of(gmem.x, source, plan.K * plan.G)
     copies = [
-        (gmem.x.at[batch, steps(chunk), source, rows], smem.x.at[slot]),
+        (gmem.x.at[batch, steps(chunk), x_head, rows], smem.x.at[slot]),
         (gmem.y.at[batch, steps(chunk), source, columns], smem.y.at[slot])]
     if gmem.scales is not None:
       count = smem.scales.shape[1]

@@ -66,8 +66,9 @@ def backward(operands, rule, saved, cotangents):
           saved_z=None if z is None else call.saved(z).of(saved_z),
           dsT=call.first_state(dsT), dzT=call.first_state(dzT)),
       outputs=dict(
-          dq=call.queries(H).out(q.dtype), dk=call.out_keys(H, k.dtype),
-          dv=call.out_keys(V, v.dtype), ddecay=call.out_decay(decay),
+          dq=call.out_queries(H, q.dtype),
+          dk=call.out_heads(call.J, H, k.dtype),
+          dv=call.out_heads(call.K, V, v.dtype), ddecay=call.out_decay(decay),
           ds0=call.out_state(S), dz0=call.out_state(z)),
       scratch=dict(
           dS=S, dz=z, every_S=(chunks, *S),
@@ -76,7 +77,7 @@ def backward(operands, rule, saved, cotangents):
       flops=2 * call.query_steps * products, transcendentals=0)
   ds0, dz0 = call.restore_states(out.ds0, out.dz0, s0, total=True)
   return chunked.Operands(
-      q=call.restore_queries(out.dq, q.shape[-1]),
-      k=call.restore_keys(out.dk, k.shape[-1]),
-      v=call.restore_keys(out.dv, v.shape[-1]),
+      q=call.restore_dq(out.dq, q.shape[-1]),
+      k=call.restore_heads(out.dk, call.J, k.shape[-1]),
+      v=call.restore_heads(out.dv, call.K, v.shape[-1]),
       decay=call.restore_decay(out.ddecay), s0=ds0, z0=dz0, starts=None)

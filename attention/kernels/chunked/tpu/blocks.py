@@ -1,7 +1,7 @@
 """How the TPU kernels of chunked linear attention cut their work.
 
-A program takes one key head of one row of the batch, with some of its query
-heads, through the sequence in blocks, in order. A block is a few chunks.
+A program takes one state of one row of the batch, with some of its query heads,
+through the sequence in blocks, in order. A block is a few chunks.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Blocks(NamedTuple):
   """What one grid step computes.
 
   Attributes:
-    heads: query heads of a key head.
+    heads: query heads of a state.
     chunk: steps of a chunk, whole tiles of bfloat16.
     chunks: of a block.
   """
@@ -38,7 +38,7 @@ def sizes(T, group, *, widest, itemsize, chunk=128, rows=1024):
 
   Args:
     T: steps.
-    group: query heads of a key head.
+    group: query heads of a state.
     widest: the wider of H and V.
     itemsize: bytes of an element of q, k and v.
     chunk: steps, where the products within a chunk and those with the state

@@ -1,7 +1,7 @@
 """How the TPU kernels of chunked linear attention are launched.
 
-Refs, of a block of G query heads and their key head. S and z, decays and what
-is made of them are float32, the rest of the operands' dtypes:
+Refs, of a block of G query heads and their state. S and z, decays and what is
+made of them are float32, the rest of the operands' dtypes:
 
   q, dq             [G,steps,H]
   y, dy             [G,steps,V]
@@ -52,28 +52,32 @@ class Plan(NamedTuple):
 class Launch(mosaic_tpu.Launch):
   """Layouts and grid: (rows of the batch, programs of a row, blocks of steps).
 
-  The P programs of a row are the K key heads, each several times if it has more
-  query heads than one program takes: k, v and the states are read where they
-  lie, the gradients of a head's programs are to be added up.
+  The P programs of a row are the K states, each several times if it has more
+  query heads than one program takes. What several programs share, a state with
+  its v or a head of q or k, is read where it lies; the gradients of a head's
+  programs are to be added up.
   """
 
   def __init__(self, operands, rule, *, backward):
-    q, v = operands.q, operands.v
+    q, k, v = operands.q, operands.k, operands.v
     self.B, T, N, H = q.shape
+    self.J = k.shape[2]
     self.K, V = v.shape[2:]
     cut = blocks.sizes(
-        T, N // self.K, widest=max(H, V), itemsize=q.dtype.itemsize)
-    self.P = N // cut.heads
+        T, max(N // self.K, 1), widest=max(H, V), itemsize=q.dtype.itemsize)
+    self.P = max(N, self.K) // cut.heads
+    # Blocks of q: fewer than programs if states share them.
+    self.Q = N // cut.heads
     self.H, self.V = padded_width(H), padded_width(V)
     self.plan = Plan(rule, cut, T)
     self.backward = backward
     n_blocks = self.plan.n_blocks
     self.grid = self.B, self.P, n_blocks
     self.axes = dict(
-        batch=(self.B, None), program=(self.P, None), key_head=(self.K, None),
-        block=(n_blocks, None), steps=(T, cut.steps),
-        padded_steps=(n_blocks * cut.steps, cut.steps))
-    self.query_steps = self.B * N * T
+        batch=(self.B, None), program=(self.P, None), queries=(self.Q, None),
+        keys=(self.J, None), state=(self.K, None), block=(n_blocks, None),
+        steps=(T, cut.steps), padded_steps=(n_blocks * cut.steps, cut.steps))
+    self.query_steps = self.B * self.P * cut.heads * T
     # Shapes of the states in the kernels.
     self.S = self.H, self.V
     self.z = None if rule.normalize is None else (1, self.H)
@@ -81,13 +85,15 @@ class Launch(mosaic_tpu.Launch):
   def place(self, b, p, i):
     if self.backward:
       i = self.plan.n_blocks - 1 - i
-    head = jax.lax.div(p, jnp.int32(self.P // self.K))
+    head = {heads: jax.lax.div(p, jnp.int32(self.P // heads))
+            for heads in {self.K, self.J} | {self.Q} - {self.P}}
     return dict(
-        batch=b, program=p, key_head=head, block=i, steps=i, padded_steps=i)
+        batch=b, program=p, keys=head[self.J],
+        queries=p if self.Q == self.P else head[self.Q],
+        state=head[self.K], block=i, steps=i, padded_steps=i)
 
-  def queries(self, width):
-    return self.layout(
-        'batch', 'program', self.plan.blocks.heads, 'steps', width)
+  def queries(self, width, of='program'):
+    return self.layout('batch', of, self.plan.blocks.heads, 'steps', width)
 
   def saved(self, shape):
     """States before each block."""
@@ -105,29 +111,30 @@ class Launch(mosaic_tpu.Launch):
       # A product has no room for 0 * inf; exp of this is 0 just the same.
       decay = jnp.maximum(decay.astype(jnp.float32), -1e30) * LOG2E
       decay = jnp.swapaxes(decay, 1, 2)[:, :, None]
-    keys = lambda x, width: self.layout(
-        'batch', 'key_head', 'steps', width).of(jnp.swapaxes(x, 1, 2))
+    heads = lambda x, axis, width: self.layout(
+        'batch', axis, 'steps', width).of(jnp.swapaxes(x, 1, 2))
     return dict(
-        segments=segments, q=self._queries(q, self.H), k=keys(k, self.H),
-        v=keys(v, self.V), dy=self._queries(dy, self.V),
-        decay=self.layout('batch', 'key_head', 1, 'padded_steps').of(decay),
+        segments=segments, q=self._queries(q, self.H, 'queries'),
+        k=heads(k, 'keys', self.H), v=heads(v, 'state', self.V),
+        dy=self._queries(dy, self.V, 'program'),
+        decay=self.layout('batch', 'state', 1, 'padded_steps').of(decay),
         s0=None if self.backward else self._state(s0),
         z0=None if self.backward else self._state(z0))
 
-  def _queries(self, x, width):
-    """[B,T,N,H] -> [B,P,G,T,H]."""
+  def _queries(self, x, width, axis):
+    """[B,T,N,H] -> [B,P,G,T,H], or Q of an axis of queries."""
     if x is None:
       return None
     x = jnp.swapaxes(x, 1, 2)
-    return self.queries(width).of(
-        x.reshape(self.B, self.P, -1, *x.shape[2:]))
+    return self.queries(width, axis).of(
+        x.reshape(self.B, self.axes[axis][0], -1, *x.shape[2:]))
 
   def _state(self, x):
     """[B,K,H,V], or [B,K,H] as a row."""
     if x is None:
       return None
     shape, x = (self.S, x) if x.ndim == 4 else (self.z, x[:, :, None])
-    return self.layout('batch', 'key_head', *shape).of(x.astype(jnp.float32))
+    return self.layout('batch', 'state', *shape).of(x.astype(jnp.float32))
 
   def first_state(self, x):
     """[B,K,...] -> [B,P,...]: to the first of a head's programs, else 0."""
@@ -139,10 +146,17 @@ class Launch(mosaic_tpu.Launch):
     return self.layout('batch', 'program', *shape).of(
         x.reshape(self.B, self.P, *shape))
 
-  def out_keys(self, width, dtype):
-    # Parts of a sum are not rounded.
+  def out_queries(self, width, dtype):
+    return self.queries(width).out(self._exact(dtype, self.Q))
+
+  def out_heads(self, heads, width, dtype):
+    """Of J or K heads."""
     return self.layout('batch', 'program', 'steps', width).out(
-        dtype if self.P == self.K else jnp.float32)
+        self._exact(dtype, heads))
+
+  def _exact(self, dtype, heads):
+    """Parts of a sum are not rounded."""
+    return dtype if heads == self.P else jnp.float32
 
   def out_decay(self, decay):
     if decay is None:
@@ -165,32 +179,38 @@ class Launch(mosaic_tpu.Launch):
                 after=columns if self.backward else None)
 
   def restore_queries(self, x, width):
-    """[B,P,G,T,H] -> [B,T,N,width]."""
+    """[B,P,G,T,H] -> [B,T,N or K,width]."""
     x = x.reshape(self.B, -1, *x.shape[3:])
     return jnp.swapaxes(x[..., :width], 1, 2)
 
-  def restore_keys(self, x, width):
-    """[B,P,T,H] -> [B,T,K,width], summed over a head's programs."""
-    return jnp.swapaxes(self._of_heads(x, total=True), 1, 2)[..., :width]
+  def restore_dq(self, x, width):
+    """Likewise, summed over the programs that share a query."""
+    return self.restore_queries(
+        self._of_heads(x, self.Q, total=True), width)
+
+  def restore_heads(self, x, heads, width):
+    """[B,P,T,H] -> [B,T,J or K,width], summed over a head's programs."""
+    x = self._of_heads(x, heads, total=True)
+    return jnp.swapaxes(x, 1, 2)[..., :width]
 
   def restore_decay(self, x):
     """[B,P,1,steps] -> [B,T,K], likewise."""
     if x is None:
       return None
-    x = self._of_heads(x, total=True)[:, :, 0, :self.plan.T]
+    x = self._of_heads(x, self.K, total=True)[:, :, 0, :self.plan.T]
     return jnp.swapaxes(x, 1, 2)
 
   def restore_states(self, S, z, like, *, total):
     """[B,P,...] -> S [B,K,H,V], of the shape of another, and z [B,K,H]."""
     H, V = like.shape[2:]
-    S = self._of_heads(S, total=total)[:, :, :H, :V]
+    S = self._of_heads(S, self.K, total=total)[:, :, :H, :V]
     if z is not None:
-      z = self._of_heads(z, total=total)[:, :, 0, :H]
+      z = self._of_heads(z, self.K, total=total)[:, :, 0, :H]
     return S, z
 
-  def _of_heads(self, x, *, total):
-    """[B,P,...] -> [B,K,...]: the sum of a head's programs, or any one."""
-    if self.P == self.K:
+  def _of_heads(self, x, heads, *, total):
+    """[B,P,...] -> [B,heads,...]: the sum of a head's programs, or any one."""
+    if heads == self.P:
       return x
-    x = x.reshape(self.B, self.K, -1, *x.shape[2:])
+    x = x.reshape(self.B, heads, -1, *x.shape[2:])
     return x.sum(2) if total else x[:, :, 0]
