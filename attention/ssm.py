@@ -14,7 +14,6 @@ float32, E (W - 1 + M) numbers however many tokens it has seen.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,8 @@ from flax import nnx
 from attention.common import options as flags
 from attention.common.ops import causal_conv1d, selective_scan
 from attention.common.options import option
+from attention.common.step_sizes import dt_bias
 from model.layers import Einsum, RMSNorm, param
-
-DT_RANGE = (1e-3, 1e-1)  # Of the initial step sizes; Mamba's section 3.6.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Attention(nnx.Module):
     self.select = Einsum('BTE,EP->BTP', (E, R + 2 * M), **dense)
     self.step = Einsum('BTR,RE->BTE', (R, E), **dense)
     self.step.weight[...] = uniform((R, E), R ** -0.5)
-    self.dt_bias = param(_dt_bias(rngs.params(), E), 'E', decay=False)
+    self.dt_bias = param(dt_bias(rngs.params(), E), 'E', decay=False)
     self.A_log = param(jnp.tile(jnp.log(jnp.arange(1, M + 1)), (E, 1)),
                        'EM', decay=False)
     self.D = param(jnp.ones(E), 'E', decay=False)
@@ -104,10 +102,3 @@ class Attention(nnx.Module):
     W, E, M = self.shape
     # Of the scan: d A, its product with h, d x B added, and h C.
     return sum(e.flops for e in dense) + 2 * W * E + 6 * E * M
-
-
-def _dt_bias(key, width):
-  """Biases whose softplus is log-uniform in DT_RANGE."""
-  low, high = (math.log(dt) for dt in DT_RANGE)
-  dt = jnp.exp(jax.random.uniform(key, (width,), minval=low, maxval=high))
-  return dt + jnp.log(-jnp.expm1(-dt))

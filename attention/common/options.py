@@ -207,11 +207,11 @@ class GroupedQueries(Flags):
     return divisor('n_kv_group', self.n_kv_group or n_head, n_head)
 
 
-def divisor(flag, groups, n_head):
+def divisor(flag, groups, n_head, *, name='n_head'):
   """groups; ValueError unless n_head heads fall into so many of one size."""
   if n_head % groups:
     *some, last = [str(d) for d in range(1, n_head + 1) if n_head % d == 0]
-    raise ValueError(f'{flag} ({groups}) must divide n_head ({n_head}): use '
+    raise ValueError(f'{flag} ({groups}) must divide {name} ({n_head}): use '
                      + ' or '.join(filter(None, (', '.join(some), last))))
   return groups
 

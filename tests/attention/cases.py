@@ -136,6 +136,14 @@ SETTINGS = {
     'use_concat_heads': [dict(use_concat_heads=True)],
     'differential_lambda_init': [
         dict(differential_lambda_init=0.8), dict(differential_lambda_init=0.0)],
+    'mamba2_expand': [dict(mamba2_expand=3)],
+    'mamba2_head_dim': [dict(mamba2_head_dim=16)],
+    'mamba2_d_state': [dict(mamba2_d_state=5)],
+    'mamba2_n_groups': [dict(mamba2_n_groups=2)],
+    'mamba2_conv_kernel_size': [
+        dict(mamba2_conv_kernel_size=2), dict(mamba2_conv_kernel_size=1)],
+    'mamba2_dt_at_least': [dict(mamba2_dt_at_least=0.01)],
+    'mamba2_dt_at_most': [dict(mamba2_dt_at_most=0.02)],
     'retention_decay': [
         dict(retention_decay='data'), dict(retention_decay='lightning')],
     'retention_decay_power': [

@@ -34,9 +34,9 @@ def oracle(mixer, x, *, positions, segment_ids):
   }[options.retention_decay]() ** options.retention_decay_power, q.shape[:3])
   y = np.zeros(v.shape)
   for b, t, n in np.ndindex(q.shape[:3]):
-    for s in range(t - positions[b, t], t + 1):
-      score = q[b, t, n] @ k[b, s, n] / H ** 0.5
-      y[b, t, n] += score * a[b, s + 1:t + 1, n].prod() * v[b, s, n]
+    seen = np.arange(t - positions[b, t], t + 1)
+    D = np.append(np.cumprod(a[b, seen, n][:0:-1])[::-1], 1.0)  # s + 1 to t.
+    y[b, t, n] = (D * (k[b, seen, n] @ q[b, t, n])) @ v[b, seen, n] / H ** 0.5
   y = oracles.rms(y, 1e-5) * gate / (1 + np.exp(-gate))
   return oracles.dense(mixer.out, y)
 

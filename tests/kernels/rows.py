@@ -231,6 +231,8 @@ CHUNKED = (
             has='decay s0 starts', fast='xla tpu'),
     Chunked(id='shared by all', T=257, K=4, **SHARED, has='decay s0',
             slow='xla tpu'),
+    Chunked(id='shared by all in one chunk', T=12, N=8, K=8, H=64, V=8,
+            **SHARED, fast='xla'),
     Chunked(id='shared without decay', K=4, J=2, **SHARED, **NORMAL, has=STATE,
             slow='xla tpu'),
     Chunked(id='shared and everything', T=100, K=4, J=2, **SHARED, **NORMAL,

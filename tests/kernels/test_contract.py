@@ -135,6 +135,9 @@ def isolated(kind, implementation, garbage, first, last, *, id=None):
     isolated(Chunked, 'xla', 'finite', 75, 150),
     *(isolated(Chunked, 'tpu', garbage, 25, 50)
       for garbage in ('finite', 'inf', 'nan')),
+    isolated(Chunked, 'xla', 'finite', 25, 50, id='shared and everything'),
+    isolated(Chunked, 'tpu', 'nan', 25, 50, id='shared and everything'),
+    isolated(Chunked, 'gpu', 'huge', 25, 50, id='hopper shared'),
     isolated(Chunked, 'gpu', 'huge', 25, 50),
     isolated(Chunked, 'gpu', 'huge', 25, 50, id='hopper linear'),
 ])

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.oracles
 D, N, K, H = 32, 4, 2, 8
 R, r = 12, 6
 E, M, W, DT_RANK = 64, 5, 4, 3  # ssm: inner width, state, taps, rank of dt.
+STEPS = (0.3, 1.5)  # mamba2: limits that random step sizes reach.
 BASE, WINDOW, CAP = 100.0, 5, 0.5
 T = 17
 
@@ -139,6 +140,24 @@ MAMBA = {
     'dt_bias': 'dt_proj.bias',
     'A_log': lambda w: w['A_log'].T,  # Not a map: [E,M] in both.
     'D': 'D',
+    'out.weight': 'out_proj.weight',
+    'out.bias': 'out_proj.bias',
+}
+MAMBA2 = {
+    'gate.weight': lambda w: w['in_proj.weight'][:E],
+    'gate.bias': lambda w: w['in_proj.bias'][:E],
+    'input.weight': lambda w: w['in_proj.weight'][E:2 * E],
+    'input.bias': lambda w: w['in_proj.bias'][E:2 * E],
+    'select.weight': lambda w: w['in_proj.weight'][2 * E:],
+    'select.bias': lambda w: w['in_proj.bias'][2 * E:],
+    'conv': lambda w: w['conv1d.weight'][:E],  # [channels,1,W]
+    'conv_bias': lambda w: w['conv1d.bias'][:E],
+    'select_conv': lambda w: w['conv1d.weight'][E:],
+    'select_conv_bias': lambda w: w['conv1d.bias'][E:],
+    'dt_bias': 'dt_bias',
+    'A_log': 'A_log',
+    'D': 'D',
+    'norm_weight': 'norm.weight',
     'out.weight': 'out_proj.weight',
     'out.bias': 'out_proj.bias',
 }
@@ -302,6 +321,16 @@ MODELS = {
                     ssm_conv_kernel_size=W, ssm_dt_rank=DT_RANK,
                     ssm_d_state=M),
         JAMBA, without=('y_norm',), call=alone),  # Hymba's.
+    'mamba2': Model(
+        'mamba2', 'Mamba2', 'Mixer',
+        dict(hidden_size=D, state_size=M, expand=E // D, head_dim=H,
+             num_heads=E // H, n_groups=2, conv_kernel=W, use_bias=True,
+             time_step_limit=STEPS, chunk_size=8, num_hidden_layers=1),
+        'mamba2', dict(
+            bias=True, mamba2_expand=E // D, mamba2_head_dim=H,
+            mamba2_d_state=M, mamba2_n_groups=2, mamba2_conv_kernel_size=W,
+            mamba2_dt_at_least=STEPS[0], mamba2_dt_at_most=STEPS[1]),
+        MAMBA2, call=alone),
     'recurrent_gemma': Model(
         'recurrent_gemma', 'RecurrentGemma', 'RecurrentBlock',
         dict(hidden_size=D, lru_width=D, conv1d_width=W, num_attention_heads=N,
@@ -422,15 +451,3 @@ def test_decoding_is_one_call(name):
     got.append(y)
     start = end
   agree(np.concatenate(got, 1), theirs(x))
-
-
-@pytest.mark.parametrize('layer', [0, 3, 7])
-def test_lightning_slopes(layer):
-  """Of MiniMax-01: less decay in later layers, by a power."""
-  library = importlib.import_module(
-      'transformers.models.minimax.modeling_minimax')
-  config = library.MiniMaxConfig(
-      hidden_size=D, num_attention_heads=N, num_hidden_layers=8)
-  theirs = library.MiniMaxLightningAttention(config, layer).get_slope_rate()
-  got = (1 - layer / 7) * retention.log_decays('lightning', N)
-  np.testing.assert_allclose(-got, numpy(theirs).ravel(), atol=2e-5)

@@ -150,16 +150,25 @@ def _matmul(form, a, b):
   Of J and K heads, on the second axis, each of the J is multiplied with K / J
   in a row.
   """
+  return _product(form, a, b, heads=max(a.shape[1], b.shape[1]))
+
+
+def _product(form, a, b, *, heads):
+  """The same; summed over heads in a row if a and b have more than asked for."""
   if form == 'a^T b':
     a = jax.lax.optimization_barrier(a.swapaxes(-1, -2))
   elif form == 'a b^T':
     b = b.swapaxes(-1, -2)
-  few, many = sorted((a.shape[1], b.shape[1]))
-  if few == many:
+  fewest = min(a.shape[1], b.shape[1], heads)
+  if fewest == max(a.shape[1], b.shape[1]):
     return a @ b
-  apart = lambda x: x.reshape(x.shape[0], few, -1, *x.shape[2:])
-  c = apart(a) @ apart(b)
-  return c.reshape(c.shape[0], many, *c.shape[3:])
+  a, b = (x.reshape(x.shape[0], fewest, -1, *x.shape[2:]) for x in (a, b))
+  if heads > fewest:
+    c = a @ b
+    return c.reshape(c.shape[0], heads, *c.shape[3:])
+  # One product and no sum after it: XLA:CPU fuses such a sum with its product,
+  # and in jax 0.10.2 returns what was in memory if b is a constant.
+  return jnp.einsum('BJGnTS,BJGnSV->BJnTV', a, b)
 
 
 def _matmul_forward(form, a, b):
@@ -168,20 +177,13 @@ def _matmul_forward(form, a, b):
 
 def _matmul_backward(form, operands, dc):
   a, b = operands
+  da = functools.partial(_product, heads=a.shape[1])
+  db = functools.partial(_product, heads=b.shape[1])
   if form == 'a b':
-    da, db = _matmul('a b^T', dc, b), _matmul('a^T b', a, dc)
-  elif form == 'a b^T':
-    da, db = _matmul('a b', dc, b), _matmul('a^T b', dc, a)
-  else:
-    da, db = _matmul('a b^T', b, dc), _matmul('a b', a, dc)
-  return _of_heads(da, a.shape[1]), _of_heads(db, b.shape[1])
-
-
-def _of_heads(x, heads):
-  """Sums over the heads in a row that share one of so many."""
-  if x.shape[1] == heads:
-    return x
-  return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2)
+    return da('a b^T', dc, b), db('a^T b', a, dc)
+  if form == 'a b^T':
+    return da('a b', dc, b), db('a^T b', dc, a)
+  return da('a b^T', b, dc), db('a b', a, dc)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
