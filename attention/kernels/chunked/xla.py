@@ -154,7 +154,7 @@ def _matmul(form, a, b):
 
 
 def _product(form, a, b, *, heads):
-  """The same; summed over heads in a row if a and b have more than asked for."""
+  """The same, summed over heads in a row if a and b have more than `heads`."""
   if form == 'a^T b':
     a = jax.lax.optimization_barrier(a.swapaxes(-1, -2))
   elif form == 'a b^T':
