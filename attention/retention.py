@@ -25,7 +25,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from attention.common import heads
@@ -52,11 +51,11 @@ class Options(flags.RopeBase, flags.Kernel):
 
 
 def log_decays(kind, n_head):
-  """Logarithms of the constant decays of every head, float64 [N]."""
-  n = np.arange(1, n_head + 1)
+  """Logarithms of the constant decays of every head, float32 [N]."""
+  n = jnp.arange(1.0, n_head + 1)
   if kind == 'lightning':
-    return -2.0 ** (-8 * n / n_head)
-  return np.log1p(-2.0 ** (-4 - n))
+    return -jnp.exp2(-8 * n / n_head)
+  return jnp.log1p(-jnp.exp2(-4 - n))
 
 
 class Attention(nnx.Module):
@@ -88,7 +87,7 @@ class Attention(nnx.Module):
     """float32, [N] or of every token [B,T,N]."""
     options, N = self.options, self.shape[0]
     if self.decay is None:
-      logs = jnp.asarray(log_decays(options.retention_decay, N), jnp.float32)
+      logs = log_decays(options.retention_decay, N)
     else:
       gate = self.decay(x).astype(jnp.float32)
       logs = jax.nn.log_sigmoid(gate) / TEMPERATURE

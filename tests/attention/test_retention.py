@@ -56,11 +56,10 @@ def gated(bias, **flags):
 
 
 def test_decays_are_the_published_ones():
-  a = np.exp(retention.log_decays('fixed', 8))
-  np.testing.assert_allclose(1 / (1 - a), [32, 64, 128, 256, 512, 1024, 2048,
-                                           4096], rtol=1e-9)
-  np.testing.assert_array_equal(
-      retention.log_decays('lightning', 8), -0.5 ** np.arange(1, 9))
+  forgotten = -np.expm1(np.float64(retention.log_decays('fixed', 8)))
+  np.testing.assert_allclose(forgotten, 0.5 ** np.arange(5, 13), rtol=1e-6)
+  np.testing.assert_allclose(
+      retention.log_decays('lightning', 8), -0.5 ** np.arange(1, 9), rtol=1e-6)
   assert (retention.log_decays('fixed', 64) < 0).all()
 
 

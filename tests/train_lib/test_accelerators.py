@@ -20,6 +20,7 @@ LAYERS = {
     ('causal', 'mla'): {'flash'},
     ('ssm',): {'scan'},
     ('linear',): {'chunked'},
+    ('retention', 'mamba2'): {'chunked'},
     ('co4',): {'chunked'},
 }
 
