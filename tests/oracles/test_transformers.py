@@ -19,7 +19,6 @@ from flax import nnx
 
 import attention
 from attention.common.bias import alibi_slopes
-from attention import retention
 from model.layers import segment_positions
 from model.sharding import Context
 from tests.attention import cases
