@@ -105,21 +105,20 @@ def _attend(state, q, k, v, decay, starts, rule):
   weights = jnp.where(pairs[:, None, :, None], weights, 0.0)
   k_kept = jnp.where(to_end[:, None, ..., None], k, 0.0)
   survives = from_state[:, None, :, -1]
-  from_state = from_state[:, None, :, None, :, None]
-  read = lambda carried: jnp.where(from_state, carried, 0.0)
-  # Decays weigh what each state has for itself: v, and what is read of it.
   v_kept, kept = v, None
   if decay is not None:
     within, before = _decays(decay)
     weights = of_states(weights) * within[:, :, :, None]
-    v_kept, kept = v * within[..., -1, :, None], before[..., -1]
-    read = lambda carried: jnp.where(
-        from_state, carried * before[:, :, :, None, :, None], 0.0)
+    q = of_states(q) * before[..., None, :, None]
+    v_kept = v * within[..., -1, :, None]
+    kept = before[..., -1]
 
   new = _matmul('a^T b', k_kept, v_kept)
   S, S_before = _states(state[0], new, survives, kept)
-  y = grouped(_matmul('a b', rows(weights), v)) + read(
-      grouped(_matmul('a b', rows(q), S_before)))
+  from_state = from_state[:, None, :, None]
+  carried = grouped(_matmul('a b', rows(q), S_before))
+  carried = jnp.where(from_state[..., None], carried, 0.0)
+  y = grouped(_matmul('a b', rows(weights), v)) + carried
   if rule.normalize is None:
     return (S, None), y
 
@@ -128,13 +127,13 @@ def _attend(state, q, k, v, decay, starts, rule):
   else:
     new = _matmul('a b', within[..., -1:, :], k_kept)[..., 0, :]
   z, z_before = _states(state[1], new, survives, kept)
-  carried = read(jnp.einsum(
-      'BKnGTH,BKnH->BKnGT', of_states(q), z_before)[..., None])
+  carried = jnp.einsum('BKnGTH,BKnH->BKnGT', of_states(q), z_before)
+  carried = jnp.where(from_state, carried, 0.0)
   # The reciprocal first: its gradient takes one division a row. Spread over V
   # by a product, so that its gradient is one too and not a sum: into that,
   # XLA:CPU would fuse the products that y is made of, a second time.
-  total = of_states(weights.sum(-1)) + carried[..., 0] + rule.normalize
-  scale = jnp.einsum('...T,V->...TV', 1 / total, jnp.ones(y.shape[-1:]),
+  scale = 1 / (of_states(weights.sum(-1)) + carried + rule.normalize)
+  scale = jnp.einsum('...T,V->...TV', scale, jnp.ones(y.shape[-1:]),
                      precision='highest')
   return (S, z), y * scale
 
@@ -166,8 +165,8 @@ def _product(form, a, b, *, heads):
   if heads > fewest:
     c = a @ b
     return c.reshape(c.shape[0], heads, *c.shape[3:])
-  # One product and no sum after it: XLA:CPU fuses such a sum with its product,
-  # and in jax 0.10.2 returns what was in memory if b is a constant.
+  # One product, no sum after it: XLA:CPU fuses the two, and in jax 0.10.2 that
+  # gives what was in memory where b is a constant, such as a state of zeros.
   return jnp.einsum('BJGnTS,BJGnSV->BJnTV', a, b)
 
 
