@@ -63,7 +63,7 @@ def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
     segment_ids: None or the pair (of queries [B,T], of keys [B,S]).
     **options: as there.
   """
-  k, v = _repeated(ctx, q.shape[2], (k, v), axis=2)
+  k, v = (_repeated(x, ctx, q.shape[2], axis=2) for x in (k, v))
   fire_letters = None
   if fire_learned is not None:
     hidden = len(fire_learned) - 3  # c, what multiplies L, and the last layer.
