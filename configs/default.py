@@ -19,10 +19,10 @@ ATTENTION = 'Attention'  # The title of the variants' flags.
 class Run:
   """What to do, and where"""
   mode: str = option(
-      'train', 'what to do', choices=('train', 'eval', 'sample'))
+      'train', 'what to do', choices=('train', 'eval', 'sample', 'sweep'))
   workdir: str | None = option(
       None, 'folder of the run; an existing one is resumed. none: a new one '
-      'under runs/')
+      'under runs/, or that of the sweep')
   distributed: str = option(
       'auto', 'join several processes (jax.distributed)',
       choices=('auto', 'yes', 'no'))
@@ -32,6 +32,20 @@ class Run:
       choices=('auto', 'always', 'off'))
   seed: int = option(
       1337, 'seed of parameters, batches, dropout and samples', at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Many runs: --mode=sweep"""
+  sweep: str | None = option(
+      None, 'a Python file whose sweep() yields dicts of flags')
+  sweep_shard: str | None = option(
+      None, 'I/N: only every Nth run, from the Ith (1 to N) on, for array jobs')
+  dry_run: bool = option(
+      False, 'list the runs and what each costs, and start none')
+  match: str = option(
+      'none', 'what all runs are given as much of as the first has, by the '
+      'width of the mlp', choices=('none', 'params'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +217,8 @@ def groups():
   """{title: {flag: field}} of every flag; those of attention come last."""
   tables = {
       t.__doc__: {f.name: f for f in dataclasses.fields(t)}
-      for t in (Run, Layers, Model, Data, Training, Optimizer, Evaluation,
-                Logging, MeshShape, Sampling)}
+      for t in (Run, Sweep, Layers, Model, Data, Training, Optimizer,
+                Evaluation, Logging, MeshShape, Sampling)}
   taken = {flag for table in tables.values() for flag in table}
   honoured = tables[ATTENTION] = {}
   for name in attention.names():

@@ -159,7 +159,7 @@ def parse(argv, *, others=(), config=None):
       raise FlagError(f'unknown flag --{name}' + options.nearest(name, fields))
   if path:
     config = load(path)
-  elif texts.get('mode', 'train') != 'train' and texts.get('workdir'):
+  elif texts.get('mode') in ('eval', 'sample') and texts.get('workdir'):
     # What reads a run takes the run's config.
     config = of_run(texts['workdir']) or config
   config = config or default.get_config()

@@ -35,7 +35,8 @@ RULES = {
     'model': (('attention', 'configs.default', 'model'),
               ('flax', 'jax', 'numpy')),
     'configs': (('attention', 'configs'), ('ml_collections',)),
-    'train_lib': (('attention', 'configs.default', 'model', 'train_lib'), None),
+    'train_lib': (('attention', 'configs.default', 'configs.grid', 'model',
+                   'train_lib'), None),
     'main.py': (PACKAGES, ('absl',)),
 }
 DENIED = {  # Allowed by a rule above, but for these.

@@ -16,6 +16,10 @@ from train_lib import disk
 SETTLE = 0.5
 
 
+class Taken(ValueError):
+  """Another process holds a lock; the message names that one."""
+
+
 class Lock:
   """While entered, the folder is this process's alone.
 
@@ -27,14 +31,16 @@ class Lock:
 
   Args:
     workdir: the run's folder, which exists.
+    name: of the file; a folder may have several locks.
 
   Raises:
-    ValueError: another process holds it; the message names that one.
+    Taken: another process holds it.
   """
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, name='lock'):
     self.workdir = pathlib.Path(workdir)
-    self._path, self._held = self.workdir / 'lock', self.workdir / 'lock.held'
+    self._path, self._held = (
+        self.workdir / name, self.workdir / f'{name}.held')
     self._name = json.dumps({
         'pid': os.getpid(), 'host': socket.gethostname(),
         'since': time.strftime('%Y-%m-%d %H:%M:%S'),
@@ -85,7 +91,7 @@ class Lock:
     except FileExistsError:
       if not _gone(_read(self._held)):
         raise self._taken(self._held) from None
-      mine = self._held.with_name(f'lock.{os.getpid()}')
+      mine = self._path.with_name(f'{self._path.name}.{os.getpid()}')
       mine.write_text(self._name)
       mine.replace(self._held)
       time.sleep(SETTLE)  # Whoever came last has it.
@@ -99,7 +105,7 @@ class Lock:
       who = (f'process {holder["pid"]} on {holder["host"]} since '
              f'{holder["since"]}')
     way = '' if path == self._path else f', delete {path} if it is gone'
-    return ValueError(
+    return Taken(
         f'--workdir={self.workdir} is in use by {who}: wait for it{way}, or '
         'use another --workdir')
 

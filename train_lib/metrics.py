@@ -329,9 +329,10 @@ def short(value):
   return f'{value:.4g}' if value < 1000 else f'{value:,.0f}'
 
 
-def columns():
+def columns(out=None):
   """Of the terminal that is printed to, or None where it is none."""
-  return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+  out = out or sys.stdout
+  return shutil.get_terminal_size().columns if out.isatty() else None
 
 
 def fitted(parts):
@@ -352,3 +353,18 @@ def table(rows):
       f'  {first:<{width}}  {line}' for name, value in rows
       for first, line in itertools.zip_longest(
           [name], wrap.wrap(value), fillvalue=''))
+
+
+def columns_of(rows):
+  """Text of aligned rows of cells, the first of them the names of columns.
+
+  Numbers stand on the right.
+  """
+  rows = [[str(cell) for cell in row] for row in rows]
+  widths = [max(map(len, cells)) for cells in zip(*rows)]
+  right = [all(cell[:1].isdigit() for cell in cells[1:] if cell)
+           for cells in zip(*rows)]
+  return '\n'.join('  '.join(
+      cell.rjust(width) if number else cell.ljust(width)
+      for cell, width, number in zip(row, widths, right)).rstrip()
+      for row in rows)

@@ -17,6 +17,7 @@ from train_lib import (
     loss,
     metrics,
     optim,
+    record,
     report,
 )
 from train_lib import lock as lock_lib
@@ -111,6 +112,7 @@ def train(config, workdir=None):
     run_lib.write_config(run)
     with dispatch.record() as choices:
       step = make_step(run).lower(state, run.batch(first))
+    record.begin(run, choices)
     log.say(report.header(run, first, choices, meta))
     started = time.perf_counter()
     step = step.compile()
@@ -135,6 +137,7 @@ def train(config, workdir=None):
     report.finish(run, state, evaluator=evaluator, log=log)
     if log.failed:
       raise log.failed
+    record.finish(run)
   return log.history
 
 
