@@ -31,11 +31,12 @@ def parse(argv):
 
 def main(config):
   # Imported after the flags, so that a typing error is told at once.
-  from train_lib import distributed, inference, sweep, trainer
+  from train_lib import distributed, inference, report_page, sweep, trainer
   try:
     distributed.join(config.distributed)
     {'train': trainer.train, 'eval': inference.evaluate_run,
-     'sample': inference.sample_run, 'sweep': sweep.sweep}[config.mode](config)
+     'sample': inference.sample_run, 'sweep': sweep.sweep,
+     'report': report_page.report}[config.mode](config)
   except (OSError, ValueError, NotImplementedError, ImportError) as error:
     sys.exit(f'error: {error}')
 

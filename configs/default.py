@@ -19,7 +19,8 @@ ATTENTION = 'Attention'  # The title of the variants' flags.
 class Run:
   """What to do, and where"""
   mode: str = option(
-      'train', 'what to do', choices=('train', 'eval', 'sample', 'sweep'))
+      'train', 'what to do',
+      choices=('train', 'eval', 'sample', 'sweep', 'report'))
   workdir: str | None = option(
       None, 'folder of the run; an existing one is resumed. none: a new one '
       'under runs/, or that of the sweep')

@@ -1,6 +1,7 @@
 """Softmax, linear attention and Mamba on English text, three seeds each.
 
   python main.py --mode=sweep --sweep=sweeps/quickstart.py --match=params
+  python main.py --mode=report --workdir=runs/quickstart
 
 Hardware: two CPU cores, about five minutes. Expect ssm before causal before
 linear, each difference resolved.

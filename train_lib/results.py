@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 
 from train_lib import record
@@ -42,10 +43,12 @@ class Result:
 
   @property
   def state(self):
-    """'finished', 'failed' or 'unfinished', for people."""
+    """'finished', 'failed', 'unfinished' or 'not begun', for people."""
     if self.finished:
       return 'finished'
-    return 'failed' if self.error else 'unfinished'
+    if self.error:
+      return 'failed'
+    return 'unfinished' if self.config else 'not begun'
 
   @property
   def step(self):
@@ -109,12 +112,22 @@ def read(folder, root=None):
 
 
 def find(root):
-  """The Results of all runs in a folder and below it, by name."""
-  root = pathlib.Path(root)
-  folders = {path.parent for name in ('config.json', ERROR)
-             for path in root.rglob(name)}
-  found = (read(folder, root) for folder in sorted(folders))
-  return [result for result in found if result is not None]
+  """The Results of all runs in a folder and below it, by name.
+
+  Those that a sweep has yet to begin are among them.
+  """
+  root, found = pathlib.Path(root), []
+  for folder, below, files in os.walk(root):
+    result = read(folder, root)
+    if result is not None:
+      found.append(result)
+      below.clear()  # Checkpoints, and no more runs.
+    elif SWEEP in files:
+      names = (_json(pathlib.Path(folder, SWEEP)) or {}).get('runs', ())
+      places = (pathlib.Path(folder, name) for name in names)
+      found += [Result(place.relative_to(root).as_posix(), place, {}, {}, [],
+                       None) for place in places if read(place) is None]
+  return sorted(found, key=lambda result: result.name)
 
 
 def _rows(path):

@@ -181,7 +181,8 @@ def start(config):
   return subprocess.Popen(
       [sys.executable, 'main.py', f'--config={path}'], cwd=runs.ROOT, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''})
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
+           'XDG_CACHE_HOME': config.workdir + '-cache'})
 
 
 def ends(config):

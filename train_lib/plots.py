@@ -1,0 +1,174 @@
+"""Plots of a comparison as SVG that takes the colours of its page."""
+
+import collections
+import io
+import re
+import statistics
+
+from train_lib import metrics, results
+
+# Okabe and Ito's colours, told apart by the colour-blind, on light and dark.
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9',
+           '#8c6d31', '#7b61b8')
+STYLES = ('-', '--', ':', '-.')
+# Stands for the page's own colour of text until the plot is text itself.
+INK = '#010203'
+SIZE = 4.6, 3.2  # Inches, of which a page makes what it has room for.
+
+
+def matplotlib():
+  """The package, set up; ValueError where it is missing."""
+  try:
+    import matplotlib as package
+  except ImportError:
+    raise ValueError('--mode=report needs the package matplotlib: '
+                     "pip install -e '.[report]'") from None
+  package.use('agg')
+  package.rcParams.update({
+      'svg.fonttype': 'none', 'font.family': 'sans-serif', 'font.size': 9,
+      'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': INK,
+      'xtick.color': INK, 'ytick.color': INK, 'axes.grid': True,
+      'grid.color': INK, 'grid.alpha': 0.15, 'axes.spines.top': False,
+      'axes.spines.right': False, 'figure.constrained_layout.use': True})
+  return package
+
+
+def plots(comparison):
+  """[(title, what it shows, SVG)] of a comparison."""
+  matplotlib()
+  column = comparison.metric.removesuffix('_full')
+  found = []
+  for x, of in (('steps', lambda run, row: row['step']),
+                ('tokens', lambda run, row: row.get('tokens')),
+                ('seconds', lambda run, row: row.get('elapsed_s')),
+                ('FLOPs', _flops)):
+    svg = _curves(comparison, column, x, of)
+    if svg:
+      found.append((f'{column} over {x}', 'Thick: the mean over the seeds at '
+                    'the best learning rate; thin: each seed.', svg))
+  svg = _curves(comparison, 'loss', 'steps', lambda run, row: row['step'])
+  if svg:
+    found.append(('training loss over steps', 'As above.', svg))
+  if any(v.best.runs[0].state_bytes() is not None for v in comparison.variants):
+    found.append((
+        f'{comparison.metric} against state',
+        'Bytes that decoding a sequence of block_size tokens keeps; bars: '
+        'standard deviation over the seeds.', _state(comparison)))
+  if any(len(variant.cells) > 1 for variant in comparison.variants):
+    found.append((
+        f'{comparison.metric} against learning rate', 'Rings: the best of each '
+        'variant; bars: standard deviation over the seeds.',
+        _rates(comparison)))
+  return found
+
+
+def legend(comparison):
+  """[(label, colour, style)] of the variants, as all plots draw them."""
+  return [(variant.label, COLOURS[i % len(COLOURS)],
+           STYLES[i // len(COLOURS) % len(STYLES)])
+          for i, variant in enumerate(comparison.variants)]
+
+
+def _flops(run, row):
+  each = run.record.get('flops_per_token')
+  return each and row.get('tokens') and each * row['tokens']
+
+
+def _curves(comparison, column, x, of):
+  """A column over something; None where no run has both."""
+  figure, axes = _figure(x, column)
+  for variant, (_, colour, style) in zip(
+      comparison.variants, legend(comparison)):
+    points = collections.defaultdict(list)  # {step: (x, y) of each seed}
+    for run in variant.best.runs:
+      rows = [(row['step'], of(run, row), row[column]) for row in run.rows
+              if row.get(column) is not None and of(run, row) is not None]
+      for step, at, value in rows:
+        points[step].append((at, value))
+      if len(variant.best.runs) > 1:
+        axes.plot([at for _, at, _ in rows], [y for *_, y in rows],
+                  color=colour, linewidth=0.6, alpha=0.45)
+    whole = [[statistics.fmean(part) for part in zip(*points[step])]
+             for step in sorted(points)
+             if len(points[step]) == max(map(len, points.values()))]
+    if whole:
+      axes.plot(*zip(*whole), style, color=colour, linewidth=1.8,
+                marker='o' if len(whole) == 1 else None)
+  return _svg(figure, f'{column} over {x}') if axes.lines else None
+
+
+def _state(comparison):
+  from matplotlib import ticker
+  figure, axes = _figure('state, bytes', comparison.metric)
+  sizes = []
+  for variant, (label, colour, _) in zip(
+      comparison.variants, legend(comparison)):
+    size = variant.best.runs[0].state_bytes()
+    if size is not None:
+      sizes.append(size)
+      axes.errorbar(size, variant.best.mean, variant.best.deviation,
+                    fmt='o', color=colour, capsize=3)
+      axes.annotate(label, (size, variant.best.mean), xytext=(6, 4),
+                    textcoords='offset points', fontsize=8)
+  if all(sizes):
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+  else:  # No bytes have a place, to the left of all others.
+    axes.set_xscale('symlog', linthresh=min(filter(None, sizes), default=1))
+  axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+  axes.margins(x=0.25)
+  return _svg(figure, f'{comparison.metric} against bytes of state')
+
+
+def _rates(comparison):
+  figure, axes = _figure('learning rate', comparison.metric)
+  axes.set_xscale('log')
+  for variant, (_, colour, style) in zip(
+      comparison.variants, legend(comparison)):
+    axes.errorbar(
+        [cell.learning_rate for cell in variant.cells],
+        [cell.mean for cell in variant.cells],
+        [cell.deviation or 0.0 for cell in variant.cells],
+        color=colour, linestyle=style, capsize=2, marker='.')
+    axes.plot(variant.best.learning_rate, variant.best.mean, 'o', ms=11,
+              color=colour, fillstyle='none')
+  return _svg(figure, f'{comparison.metric} against learning rate')
+
+
+def _figure(x, y):
+  from matplotlib.figure import Figure
+  figure = Figure(figsize=SIZE)
+  axes = figure.add_subplot()
+  better = 'higher' if results.higher_is_better(y) else 'lower'
+  axes.set(xlabel=x, ylabel=f'{y} ({better} is better)')
+  axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+  return figure, axes
+
+
+def _tick(value):
+  if value >= 1e4:
+    for power, letter in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'),
+                          (1e3, 'k')):
+      if value >= power:
+        return f'{value / power:.3g}{letter}'
+  return metrics.short(value)
+
+
+def _svg(figure, title):
+  """A figure as an element of a page, without a background or names."""
+  import matplotlib as package
+  text = io.StringIO()
+  # Salted by its title, no id of a plot is that of another one.
+  with package.rc_context({'svg.hashsalt': title}):
+    figure.savefig(text, format='svg', transparent=True,
+                   metadata={'Date': None, 'Creator': None})
+  svg = text.getvalue()
+  svg = svg[svg.index('<svg'):].replace(INK, 'currentColor')
+  svg = re.sub(r' id="[a-z_0-9]*_\d+"', '', svg)
+  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  width, height = (round(72 * inches, 1) for inches in SIZE)
+  return re.sub(r'<svg [^>]*>', (
+      f'<svg role="img" aria-label="{title}" viewBox="0 0 {width} {height}" '
+      'xmlns="http://www.w3.org/2000/svg" '
+      'xmlns:xlink="http://www.w3.org/1999/xlink">'), svg, count=1)
