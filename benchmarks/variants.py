@@ -24,7 +24,7 @@ import numpy as np
 import attention
 from configs import default
 from model import sample
-from train_lib import bigram, corpus, cpu, inference, trainer
+from train_lib import bigram, budget, corpus, cpu, inference, trainer
 from train_lib.state import AbstractModel
 
 LENGTHS = (1024, 65536)
@@ -45,21 +45,6 @@ def config_of(kinds, max_iters):
   return config
 
 
-def n_params(config, mlp_width):
-  config = config.copy_and_resolve_references()
-  config.mlp_width = mlp_width
-  return AbstractModel(config).n_params()
-
-
-def match(config):
-  """Sets the width of the mlp to that of the parameters of LIKE."""
-  like = config_of(LIKE, config.max_iters)
-  base = 4 * config.n_embd
-  wanted = n_params(like, base)
-  one = n_params(config, base + 1) - n_params(config, base)
-  config.mlp_width = base + round((wanted - n_params(config, base)) / one)
-
-
 def decode_speed(model):
   """Tokens a second of one sequence, after the first call has compiled."""
   prompt = [np.zeros(8, np.int32)]
@@ -76,7 +61,8 @@ def decode_speed(model):
 def row(kinds, flags):
   """The cells of one variant."""
   config = config_of(kinds, flags.max_iters)
-  match(config)
+  config.mlp_width = budget.mlp_width(config, AbstractModel(
+      config_of(LIKE, flags.max_iters)).n_params(), kinds)
   losses, speed = [], []
   for seed in range(flags.seeds):
     config.seed = 1337 + seed

@@ -98,8 +98,9 @@ def matched(points, what):
                       if flag not in _FREE})
     if key not in widths:
       widths[key] = mlp_width(config, wanted, point.name)
-      print(f'{point.name}: mlp_width {widths[key]} has '
-            f'{_n_params(config, widths[key]):,} parameters of {wanted:,}')
+      apart = _n_params(config, widths[key]) - wanted
+      print(f'{point.name}: mlp_width {widths[key]} gives it {apart:+,} '
+            'parameters beside the first run')
     config.mlp_width = widths[key]
     found.append(dataclasses.replace(point, config=config))
   return found
