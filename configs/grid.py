@@ -88,9 +88,11 @@ def load(path, base):
   dicts = [dict(given) for given in _call(path)]
   if not dicts:
     raise ValueError(f'--sweep={path}: sweep() yields no run')
-  chosen = [given.pop('name', None) for given in dicts]
-  points = [Point(str(name or made), _config(given, base, path), given)
-            for name, made, given in zip(chosen, names(dicts), dicts)]
+  made = iter(names([given for given in dicts if 'name' not in given]))
+  points = []
+  for given in dicts:
+    name = str(given.pop('name')) if 'name' in given else next(made)
+    points.append(Point(name, _config(given, base, path), given))
   _check_names(points, path)
   return points
 

@@ -1,11 +1,13 @@
 """The table of a sweep: a line for each run that ends, one below that moves."""
 
 import sys
+import textwrap
 import threading
 
 from train_lib import metrics, results
 
 REFRESH = 1.0  # Seconds between looks at the run that is being made.
+ERROR_WIDTH = 60  # Characters of it in a table; error.txt has the rest.
 
 
 class Live:
@@ -79,13 +81,14 @@ class Live:
       found = point and results.read(self.root / point.name)
       if found is None:
         continue
-      parts = [f'{self._count()}  {point.name}',
+      parts = [self._count(),
                f'step {found.step:,} of {point.config.max_iters:,}']
       if found.metric:
         parts.append(f'{found.metric} {metrics.short(found.score)}')
       if self._best:
         parts.append(f'best {metrics.short(self._best.score)}')
-      line = metrics.fitted(parts) + self._time_left()
+      # The name comes last, as it may be too long for the line.
+      line = '  '.join(parts) + f'{self._time_left()}  {point.name}'
       with self._lock:
         self._out.write(f'\r\x1b[K{line[:metrics.columns(self._out)]}')
         self._out.flush()
@@ -105,18 +108,18 @@ class Live:
 def final(points, root, errors):
   """The table at the end, the best run first, as text."""
   found = {p.name: results.read(root / p.name) for p in points}
-  rows = [('run', 'state', 'score', 'seconds')]
+  rows = [('run', 'state', 'score', 'seconds', '')]
   scored = [r for r in found.values() if r and r.finished and r.metric]
   sign = -1 if scored and results.higher_is_better(scored[0].metric) else 1
   ranked = sorted(scored, key=lambda r: sign * r.score)
   rows += [(r.name, r.state, f'{r.metric} {metrics.short(r.score)}',
-            f'{r.seconds:,.0f}') for r in ranked]
+            f'{r.seconds:,.0f}', '') for r in ranked]
   done = {r.name for r in ranked}
   for point in points:
     if point.name not in done:
-      error = errors.get(point.name)
-      rows.append((point.name, 'failed' if error else 'finished', error or '',
-                   ''))
+      error = errors.get(point.name) or ''
+      rows.append((point.name, 'failed' if error else 'finished', '', '',
+                   textwrap.shorten(error, ERROR_WIDTH, placeholder=' ...')))
   return metrics.columns_of(rows)
 
 

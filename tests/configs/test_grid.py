@@ -47,8 +47,7 @@ def test_points_have_configs(tmp_path):
   path = write(tmp_path, 'product(seed=[1, 2], n_layer=2)',
                '[dict(name="deep", n_layer=8)]')
   points = grid.load(path, base)
-  assert [p.name for p in points] == [
-      'seed=1,n_layer=2', 'seed=2,n_layer=2', 'deep']
+  assert [p.name for p in points] == ['seed=1', 'seed=2', 'deep']
   config = points[-1].config
   assert (config.n_layer, config.n_embd, config.mode) == (8, 64, 'train')
   assert config.sweep is None and not config.dry_run
