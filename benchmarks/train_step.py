@@ -54,13 +54,14 @@ def our_step(shape, bias):
     config.update(dataset=str(path), tokenizer='char')
     run = run_lib.open_run(config, pathlib.Path(folder, 'run'))
   state = run.init_state()
-  step = trainer.make_step(run).lower(state, run.batch(0)).compile()
+  step = trainer.make_step(run).lower(
+      state, run.batch(0), run.constants).compile()
   count, index = SHAPES[shape][1], 0
 
   def steps():
     nonlocal state, index
     for _ in range(count):
-      state, values = step(state, run.batch(index))
+      state, values = step(state, run.batch(index), run.constants)
       index += 1
     jax.block_until_ready((state, values))
     return count

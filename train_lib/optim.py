@@ -1,6 +1,13 @@
 """Optimisers and schedules, from optax, by flag."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+
+# Steps of the shortest table of learning rates: runs of fewer share a program;
+# and of the longest, of 16 MiB: runs of more have one of their own.
+SHORTEST, LONGEST = 1 << 10, 1 << 22
 
 
 def schedule(config):
@@ -21,6 +28,21 @@ def schedule(config):
   return optax.join_schedules([ramp, after], [warm])
 
 
+def rates(config):
+  """The learning rate of every step, as an array [steps], or None.
+
+  An argument of the compiled step, where the schedule's numbers would be its
+  constants: runs that differ in them share a program. Its length is rounded up
+  to a power of two, so that runs of about one length do too. None for a run of
+  more than LONGEST steps.
+  """
+  if config.max_iters > LONGEST:
+    return None
+  steps = max(SHORTEST, 1 << (config.max_iters - 1).bit_length())
+  return np.asarray(jax.jit(jax.vmap(schedule(config)))(
+      jnp.arange(steps)), np.float32)
+
+
 def notes(config):
   """Lines on a schedule that does not do what its flags say."""
   warm = config.warmup_iters
@@ -34,13 +56,14 @@ def notes(config):
   return []
 
 
-def build(config, model):
+def build(config, model, learning_rate=None):
   """The optax transformation of a config.
 
   Args:
     config: the flags.
     model: the AbstractModel, for what its parameters say of themselves: weight
       decay applies to those with `decay`, Muon to those with `n_inputs`.
+    learning_rate: a function of the step; none: the schedule.
   """
   b1, b2 = config.beta1, config.beta2
   direction = {
@@ -57,7 +80,7 @@ def build(config, model):
       clip if config.grad_clip else optax.identity(),
       direction,
       optax.add_decayed_weights(config.weight_decay, mask=decay),
-      optax.scale_by_learning_rate(schedule(config)))
+      optax.scale_by_learning_rate(learning_rate or schedule(config)))
 
 
 def _muon(b1, b2, model):

@@ -9,6 +9,9 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import attention
 from attention.kernels import dispatch
@@ -71,6 +74,20 @@ class Run:
             self.dataset, step=step, rows=rows, batch_size=config.batch_size,
             block_size=config.block_size, seed=config.seed),
         config.batch_size, self.mesh)
+
+  @functools.cached_property
+  def constants(self):
+    """What a step takes beside state and batch, the same at every step.
+
+    Arguments of the compiled program, so that runs which differ in nothing
+    else share it: the learning rate of each step, where there is a table of
+    them, and the seed.
+    """
+    values = {'rates': optim.rates(self.config),
+              'seed': np.uint32(self.config.seed)}
+    whole = NamedSharding(self.mesh, P())
+    return jax.tree.map(lambda value: jax.make_array_from_callback(
+        np.shape(value), whole, lambda _: value), values)
 
   def flops_per_token(self):
     """Of a training step: the forward pass, and twice as much backward."""

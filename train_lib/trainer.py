@@ -28,14 +28,14 @@ from train_lib.state import TrainState
 
 
 def make_step(run):
-  """Returns (state, batch) -> (state, metrics): one optimiser step.
+  """Returns (state, batch, Run.constants) -> (state, metrics): one step.
 
   Rows are split over gradient_accumulation_steps parts; the loss is the mean
   over all targets of the batch, so that the split changes nothing.
   """
   config, mesh = run.config, run.mesh
   parts = config.gradient_accumulation_steps
-  shards, learning_rate = mesh_size(mesh, 'B'), optim.schedule(config)
+  shards = mesh_size(mesh, 'B')
 
   def part_loss(params, batch, key, count):
     module = run.model.merge(params)
@@ -47,8 +47,11 @@ def make_step(run):
         module, hidden, targets, z_loss=config.z_loss, shards=shards)
     return total / count, plain / count
 
-  def step(state, batch):
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  def step(state, batch, constants):
+    learning_rate = optim.schedule(config) if constants['rates'] is None else (
+        constants['rates'].__getitem__)
+    optimizer = optim.build(config, run.model, learning_rate)
+    key = jax.random.fold_in(jax.random.key(constants['seed']), state.step)
     count = jnp.maximum((loss.targets_of(batch)[1] >= 0).sum(), 1)
     # Row r goes to part r % parts: every part lies over the whole mesh.
     batch = jax.tree.map(lambda x: jnp.moveaxis(
@@ -66,7 +69,7 @@ def make_step(run):
           (mean, grads),
           (jax.tree.map(lambda x: x[1:], batch), jnp.arange(1, parts)))
     norm = optax.tree.norm(grads)
-    updates, opt_state = run.optimizer.update(
+    updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params)
     after = TrainState(
         state.step + 1, optax.apply_updates(state.params, updates), opt_state,
@@ -111,7 +114,7 @@ def train(config, workdir=None):
     state, first, meta = run_lib.restore(run, store)
     run_lib.write_config(run)
     with dispatch.record() as choices:
-      step = make_step(run).lower(state, run.batch(first))
+      step = make_step(run).lower(state, run.batch(first), run.constants)
     record.begin(run, choices)
     log.say(report.header(run, first, choices, meta))
     started = time.perf_counter()
@@ -149,7 +152,7 @@ def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
   save_every = config.eval_interval if save_every is None else save_every
   for index in range(first, config.max_iters):
     profiler.before(index)
-    state, values = step(state, run.batch(index))
+    state, values = step(state, run.batch(index), run.constants)
     meter.add(values)  # The host reads the step before.
     store.check()
     done, last = index + 1, index + 1 == config.max_iters

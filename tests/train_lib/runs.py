@@ -17,11 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def small(dataset, **flags):
-  """The config of a small run.
-
-  The constants of the schedule are part of the compiled step. All of them are
-  given here, so that runs of any length compile the same one.
-  """
+  """The config of a small run; runs of any length share a schedule."""
   config = default.get_config()
   config.update(
       dataset=dataset, n_layer=2, n_head=2, n_embd=16, block_size=16,

@@ -40,9 +40,13 @@ def compile_step(config, tmp_path, monkeypatch):
     batch = {'tokens': jax.ShapeDtypeStruct(
         (config.batch_size, config.block_size + 1), np.int32,
         sharding=NamedSharding(mesh, P(('data', 'fsdp'))))}
+    whole = NamedSharding(mesh, P())
+    constants = {
+        'rates': jax.ShapeDtypeStruct((1024,), np.float32, sharding=whole),
+        'seed': jax.ShapeDtypeStruct((), np.uint32, sharding=whole)}
     with dispatch.record() as choices:
       return trainer.make_step(run).lower(
-          run.template, batch).compile(), choices
+          run.template, batch, constants).compile(), choices
 
   return compile_step
 

@@ -46,10 +46,12 @@ def test_steps_and_evaluations_are_compiled_with_them(
     config, tmp_path, monkeypatch):
   monkeypatch.setattr(cpu, 'compiler_options', lambda _: {'no_such': 1})
   run = run_lib.open_run(config, tmp_path)
-  for program, state in ((trainer.make_step(run), run.template),
-                         (Evaluator(run).sums, run.template.params)):
+  batch = run.batch(0)
+  for program, arguments in (
+      (trainer.make_step(run), (run.template, batch, run.constants)),
+      (Evaluator(run).sums, (run.template.params, batch))):
     with pytest.raises(jax.errors.JaxRuntimeError, match='no_such'):
-      program.lower(state, run.batch(0)).compile()
+      program.lower(*arguments).compile()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc and glibc')

@@ -55,6 +55,21 @@ def test_a_schedule_that_does_not_do_what_it_says(config, flags, told):
   assert all(told in note for note in notes)
 
 
+@pytest.mark.parametrize('name', ('constant', 'cosine', 'linear', 'wsd'))
+def test_the_table_is_the_schedule(config, name):
+  """To the bit, and longer than the run."""
+  config.update(lr_schedule=name, max_iters=1500, warmup_iters=100,
+                lr_decay_iters=None, learning_rate=3e-3, min_lr=1e-4)
+  table = optim.rates(config)
+  assert table.shape == (2048,)
+  rate = jax.jit(optim.schedule(config))
+  assert [float(rate(i)) for i in range(0, 1500, 7)] == [*table[:1500:7]]
+  config.max_iters = 3
+  assert optim.rates(config).shape == (optim.SHORTEST,)
+  config.max_iters = 10 ** 9
+  assert optim.rates(config) is None
+
+
 def test_without_warm_up(config):
   config.update(learning_rate=1.0, warmup_iters=0)
   assert optim.schedule(config)(0) == pytest.approx(1.0)

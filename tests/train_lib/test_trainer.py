@@ -14,6 +14,7 @@ import pytest
 from tests.train_lib import runs
 from tests.train_lib.runs import losses, marks
 from train_lib import checkpoints, data, metrics, trainer
+from train_lib import run as run_lib
 from train_lib.evaluate import Evaluator
 from train_lib.lock import Lock
 from train_lib.preemption import Stopped
@@ -251,3 +252,17 @@ def test_killed_and_restarted_is_never_killed(config, tmp_path):
   assert not (parts / 'checkpoints/40').exists(), 'killed too late'
   assert runs.start_main(config, parts).wait() == 0
   assert marks(whole, 40) == marks(parts, 40)
+
+
+def test_runs_of_one_shape_share_a_program(config, one_device, tmp_path):
+  """What a grid varies is an argument, no constant, of the step."""
+  def program(**flags):
+    own = config.copy_and_resolve_references()
+    own.update(flags)
+    opened = run_lib.open_run(own, tmp_path)
+    return trainer.make_step(opened).lower(
+        opened.template, opened.batch(0), opened.constants).as_text()
+  first = program()
+  assert first == program(learning_rate=0.5, min_lr=0.1, warmup_iters=7,
+                          lr_schedule='wsd', max_iters=90, seed=3)
+  assert first != program(weight_decay=0.5)
