@@ -155,8 +155,8 @@ class _Sweep:
     config = point.config.copy_and_resolve_references()
     live.begin(point)
     try:
-      with (open(folder / LOG, 'a') as log, contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log)):
+      with (open(folder / LOG, 'a', errors='backslashreplace') as log,
+            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
         trainer.train(config, folder)
     except lock.Taken:
       raise
