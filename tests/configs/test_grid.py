@@ -1,8 +1,13 @@
 """What a sweep's file gives: dicts, names, shards, and lines on mistakes."""
 
+import pathlib
+
 import pytest
 
 from configs import default, grid
+
+ROOT = pathlib.Path(grid.__file__).parents[1]
+SWEEPS = sorted((ROOT / 'sweeps').glob('*.py'))
 
 
 def write(tmp_path, *yields):
@@ -101,3 +106,11 @@ def test_a_run_is_known_by_its_saved_config():
   assert grid.same(config, saved) == []
   config.learning_rate = 1.0
   assert grid.same(config, saved) == ['learning_rate']
+
+
+@pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
+def test_the_sweeps_that_are_here(path):
+  text = path.read_text()
+  assert len(text.splitlines()) <= 30
+  assert f'--mode=sweep --sweep=sweeps/{path.name}' in text
+  assert grid.load(path, default.get_config())
