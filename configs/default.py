@@ -104,7 +104,8 @@ class Data:
   """Data"""
   dataset: str = option(
       'pydoc', 'pydoc, shakespeare_char, a text file, a folder of text files, '
-      'a nanoGPT folder, or hf:NAME')
+      'a nanoGPT folder, hf:NAME, or task:NAME(option=value, ...), of '
+      'docs/tasks.md')
   tokenizer: str = option(
       'byte', 'byte, char, bpe:SIZE or a tokenizer.json')
   bin_dtype: str | None = option(
@@ -170,6 +171,9 @@ class Evaluation:
       None, 'rows of a validation batch; none: batch_size', at_least=1)
   eval_final: bool = option(
       True, 'evaluate the whole validation split at the end')
+  eval_slices: tuple | None = option(
+      None, 'of a task, more columns of an evaluation: length=128, or '
+      '(length=128, pairs=16) for several options at once')
   checkpoint_interval: int | None = option(
       None, 'steps between checkpoints; none: eval_interval, 0: only the last',
       at_least=0)

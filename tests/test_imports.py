@@ -37,6 +37,9 @@ RULES = {
     'configs': (('attention', 'configs'), ('ml_collections',)),
     'train_lib': (('attention', 'configs.default', 'configs.grid', 'model',
                    'train_lib'), None),
+    'train_lib/tasks': (
+        ('attention.common.options', 'attention.common.specs', 'train_lib'),
+        ('numpy',)),
     'main.py': (PACKAGES, ('absl',)),
 }
 DENIED = {  # Allowed by a rule above, but for these.
@@ -46,6 +49,8 @@ DENIED = {  # Allowed by a rule above, but for these.
                 *(f'attention.{name}' for name in attention.names())),
     'train_lib': ('attention.common',
                   *(f'attention.{name}' for name in attention.names())),
+    # Options of a task are declared and checked as those of a layer.
+    'train_lib/tasks': ('attention.kernels',),
 }
 
 

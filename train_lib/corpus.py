@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 
 import train_lib.tokenizer as tokenizer_lib
-from train_lib import bins, manual
+from train_lib import bins, data, manual
 
 NAMES = ('pydoc', 'shakespeare_char', 'hf:OWNER/NAME')
 SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
@@ -45,6 +45,9 @@ class Dataset:
   sha256: str
   lost: int = 0
   notes: tuple = ()
+
+  train_batch, eval_batch = data.train_batch, data.eval_batch
+  full_batch, full_batches = data.full_batch, data.full_batches
 
   @property
   def vocab_size(self):

@@ -11,6 +11,7 @@ from train_lib import (
     metrics,
     plan,
     report,
+    tasks,
     tokenizer,
 )
 from train_lib import run as run_lib
@@ -43,10 +44,9 @@ def evaluate_run(config, workdir=None):
     _check_model(store, run.config, run.workdir)
     step, items, _ = _restore(store, run.template.params)
     result = evaluate.Evaluator(run).full(items['params'])
-  print(metrics.table(
-      [('step', f'{step:,}')]
-      + [(name, metrics.short(value)) for name, value in result.items()]
-      + report.notes(run.dataset.notes)))
+  print(metrics.table([('step', f'{step:,}'),
+                       *report.evaluation(run.dataset, result),
+                       *report.notes(run.dataset.notes)]))
   return result
 
 
@@ -106,6 +106,9 @@ def sample_run(config, workdir=None):
   Returns:
     The texts, prompt included.
   """
+  if tasks.named(config.dataset):
+    raise ValueError(f'--mode=sample continues text, and --dataset='
+                     f'{config.dataset} is a task: use --mode=eval')
   rule = dict(temperature=config.temperature, top_k=config.top_k,
               top_p=config.top_p, max_new_tokens=config.max_new_tokens)
   model, vocabulary, _ = load(workdir or config.workdir, config)

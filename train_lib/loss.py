@@ -1,5 +1,7 @@
 """Next-token cross-entropy that never holds [B, T, vocab] at once."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 
@@ -7,17 +9,37 @@ import jax.numpy as jnp
 LOGITS_BYTES = 2 ** 27
 
 
-def targets_of(batch):
-  """(inputs, targets, segment_ids) of a batch of T + 1 tokens a row.
+class Sums(typing.NamedTuple):
+  """Over the targets: the losses with the z-loss and without, in float32, the
+  likeliest tokens that were right, and how many targets there are."""
+  total: jax.Array
+  plain: jax.Array
+  correct: jax.Array
+  number: jax.Array
 
-  A target is -1 where there is none: padding (token -1), or the first token
-  of another document.
+
+def targets_of(batch):
+  """(inputs, targets, segment_ids) of a batch.
+
+  Of T + 1 tokens a row the inputs are the first T, and their targets [B,T] the
+  last; where a batch has 'targets' [B,P], all T tokens are inputs, and the
+  targets belong to its 'places' [B,P] among them. A target is -1 where there
+  is none: padding (token -1), or the first token of another document.
   """
   tokens, ids = batch['tokens'], batch.get('segment_ids')
+  if 'places' in batch:
+    return jnp.maximum(tokens, 0), batch['targets'], ids
   inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
   if ids is None:
     return inputs, targets, None
   return inputs, jnp.where(ids[:, 1:] == ids[:, :-1], targets, -1), ids[:, :-1]
+
+
+def at_targets(hidden, batch):
+  """The rows of hidden [B,T,D] that targets_of belong to: [B,P,D], or all."""
+  places = batch.get('places')
+  return hidden if places is None else jnp.take_along_axis(
+      hidden, places[..., None], axis=1)
 
 
 def cross_entropy(model, hidden, targets, *, z_loss=0.0, shards=1):
@@ -31,7 +53,7 @@ def cross_entropy(model, hidden, targets, *, z_loss=0.0, shards=1):
     shards: devices that the rows are spread over.
 
   Returns:
-    (sum of the losses with the z-loss, sum of the losses without, count).
+    The Sums.
   """
   B, T, D = hidden.shape
   parts = _parts(T, B * T * model.vocab_size * 4 // shards)
@@ -43,7 +65,8 @@ def cross_entropy(model, hidden, targets, *, z_loss=0.0, shards=1):
     valid = y >= 0
     loss = jnp.where(valid, normaliser - picked[..., 0], 0).sum()
     penalty = jnp.where(valid, normaliser * normaliser, 0).sum()
-    return loss + z_loss * penalty, loss
+    correct = (valid & (logits.argmax(-1) == y)).sum()
+    return loss + z_loss * penalty, loss, correct
 
   if parts == 1:
     sums = part(hidden, targets)
@@ -54,8 +77,9 @@ def cross_entropy(model, hidden, targets, *, z_loss=0.0, shards=1):
     sums, _ = jax.lax.scan(
         lambda total, xy: (jax.tree.map(
             jnp.add, total, jax.checkpoint(part)(*xy)), None),
-        (jnp.float32(0), jnp.float32(0)), (split(hidden), split(targets)))
-  return *sums, (targets >= 0).sum()
+        (jnp.float32(0), jnp.float32(0), jnp.int32(0)),
+        (split(hidden), split(targets)))
+  return Sums(*sums, (targets >= 0).sum())
 
 
 def _parts(length, size):

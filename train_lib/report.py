@@ -8,7 +8,16 @@ import numpy as np
 
 import attention
 from model import sample
-from train_lib import bigram, changes, metrics, optim, sharding, tokenizer
+from train_lib import (
+    bigram,
+    changes,
+    metrics,
+    optim,
+    sharding,
+    task_report,
+    tokenizer,
+)
+from train_lib.tasks import dataset as task_data
 
 SAMPLE_TOKENS = 500
 
@@ -34,9 +43,7 @@ def header(run, first, choices, meta=None):
       ('state', '{:,} bytes + {:,} a token, to decode a sequence'.format(
           *run.model.module.state_bytes())),
       ('kernels', kernels(choices)),
-      ('data', f'{dataset.name}: {len(dataset.train):,} + '
-       f'{len(dataset.val):,} {config.tokenizer} tokens, '
-       f'{dataset.vocab_size:,} ids, sha256 {dataset.sha256[:12]}'),
+      ('data', _data(dataset, config)),
       ('step', f'{tokens:,} tokens, '
        f'{tokens * run.flops_per_token():.3g} FLOPs'),
       ('workdir', str(run.workdir)),
@@ -50,6 +57,21 @@ def header(run, first, choices, meta=None):
   rows += notes([*dataset.notes, *optim.notes(config)])
   changed = changes.lines(meta['config'], config, first) if meta else []
   return '\n'.join([metrics.table(rows), *changed])
+
+
+def _data(dataset, config):
+  if isinstance(dataset, task_data.Dataset):
+    return task_report.header(dataset)
+  return (f'{dataset.name}: {len(dataset.train):,} + {len(dataset.val):,} '
+          f'{config.tokenizer} tokens, {dataset.vocab_size:,} ids, sha256 '
+          f'{dataset.sha256[:12]}')
+
+
+def evaluation(dataset, result):
+  """Rows of what evaluate.Evaluator.full gave, for a table."""
+  if isinstance(dataset, task_data.Dataset):
+    return task_report.accuracies(dataset, result)
+  return [(name, metrics.short(value)) for name, value in result.items()]
 
 
 def notes(lines):
@@ -93,6 +115,9 @@ def finish(run, state, *, evaluator, log):
     evaluator: the run's evaluate.Evaluator.
     log: the metrics.Logger.
   """
+  if isinstance(run.dataset, task_data.Dataset):
+    task_report.finish(run, state, evaluator=evaluator, log=log)
+    return
   config, rows = run.config, []
   if config.eval_final:
     final = evaluator.full(state.params)

@@ -20,13 +20,14 @@ from train_lib import (
     changes,
     checkpoints,
     corpus,
-    data,
     disk,
     optim,
     plan,
     sharding,
+    tasks,
 )
 from train_lib.state import AbstractModel, TrainState
+from train_lib.tasks import dataset as task_data
 
 # Where a run is and what is done with it: not part of what it computes.
 PLACE = ('workdir', 'mode')
@@ -45,7 +46,7 @@ class Run:
   Attributes:
     config: resolved: vocab_size and mesh as they are used.
     workdir: the run's folder.
-    dataset: a corpus.Dataset.
+    dataset: a corpus.Dataset, or the tasks.dataset.Dataset of a task.
     mesh: the jax Mesh.
     model: the AbstractModel.
     optimizer: the optax transformation.
@@ -53,7 +54,7 @@ class Run:
   """
   config: object
   workdir: pathlib.Path
-  dataset: corpus.Dataset
+  dataset: corpus.Dataset | task_data.Dataset
   mesh: jax.sharding.Mesh
   model: AbstractModel
   optimizer: object
@@ -70,8 +71,8 @@ class Run:
     """The global training batch of a step."""
     config = self.config
     return sharding.global_batch(
-        lambda rows: data.train_batch(
-            self.dataset, step=step, rows=rows, batch_size=config.batch_size,
+        lambda rows: self.dataset.train_batch(
+            step=step, rows=rows, batch_size=config.batch_size,
             block_size=config.block_size, seed=config.seed),
         config.batch_size, self.mesh)
 
@@ -139,15 +140,12 @@ def open_run(config, workdir=None, *, tokenizer=None, read_only=False):
   check(config)
   if config.attention_list:
     config.attention_list = tuple(map(str, attention.listed(config)))
+  task = _task(config)
   mesh = sharding.make_mesh(config)
   plan.check_sizes(config, mesh)
   workdir = workdir or config.workdir
   workdir = folder_of(workdir) if read_only else make_workdir(workdir, config)
-  dataset = corpus.load(
-      config.dataset, tokenizer=tokenizer or config.tokenizer,
-      packing=config.packing, val_fraction=config.val_fraction,
-      bin_dtype=config.bin_dtype)
-  _check_splits(config, dataset, read_only=read_only)
+  dataset = task or _load_text(config, tokenizer, read_only=read_only)
   config.vocab_size = config.vocab_size or dataset.vocab_size
   if config.vocab_size < dataset.vocab_size:
     raise ValueError(
@@ -163,6 +161,44 @@ def open_run(config, workdir=None, *, tokenizer=None, read_only=False):
       abstract, shardings)
   plan.check_state(template, config)
   return Run(config, workdir, dataset, mesh, model, optimizer, template)
+
+
+def _task(config):
+  """The dataset of a task, whose rows are the block_size; None for text."""
+  if not tasks.named(config.dataset):
+    if config.eval_slices:
+      raise ValueError(f'eval_slices {config.eval_slices} has no effect: '
+                       f'--dataset={config.dataset} is text, and no task')
+    return None
+  dataset = task_data.Dataset(
+      tasks.parse(config.dataset), slices=config.eval_slices)
+  fields = default.fields()
+  for flag in ('tokenizer', 'bin_dtype', 'packing', 'val_fraction'):
+    if config[flag] != fields[flag].default:
+      raise ValueError(f'{flag}={config[flag]} has no effect: --dataset='
+                       f'{config.dataset} makes its own rows; leave it out')
+  context = dataset.task.context
+  dataset.note_block_size(
+      config.block_size, default=fields['block_size'].default)
+  config.block_size = context
+  if config.use_abs_pos_embeddings:
+    for entry, task in dataset.slices.items():
+      if task.context > context:
+        raise ValueError(
+            f'eval_slices={entry} has rows of {task.context} tokens, more than '
+            f'the {context} positions learned from --dataset={config.dataset}: '
+            'give --nouse_abs_pos_embeddings')
+  return dataset
+
+
+def _load_text(config, tokenizer, *, read_only):
+  """The corpus.Dataset of a config, long enough for what reads it."""
+  dataset = corpus.load(
+      config.dataset, tokenizer=tokenizer or config.tokenizer,
+      packing=config.packing, val_fraction=config.val_fraction,
+      bin_dtype=config.bin_dtype)
+  _check_splits(config, dataset, read_only=read_only)
+  return dataset
 
 
 def _check_splits(config, dataset, *, read_only):

@@ -43,9 +43,10 @@ def make_step(run):
     hidden, _ = module.hidden(
         inputs, segment_ids=ids, dropout_key=key if config.dropout else None,
         mesh=mesh)
-    total, plain, _ = loss.cross_entropy(
-        module, hidden, targets, z_loss=config.z_loss, shards=shards)
-    return total / count, plain / count
+    sums = loss.cross_entropy(
+        module, loss.at_targets(hidden, batch), targets, z_loss=config.z_loss,
+        shards=shards)
+    return sums.total / count, sums.plain / count
 
   def step(state, batch, constants):
     learning_rate = optim.schedule(config) if constants['rates'] is None else (
@@ -159,8 +160,9 @@ def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
     val_loss = None
     if config.eval_interval and (due(done, config.eval_interval) or last):
       with meter.pause():
-        val_loss = evaluator.quick(state.params)
-        log.write(done, {'val_loss': val_loss})
+        columns = evaluator.columns(state.params)
+        val_loss = columns['val_loss']
+        log.write(done, columns)
     if last:
       _try_last(run, state, val_loss, evaluator=evaluator, meter=meter)
     if log.failed:

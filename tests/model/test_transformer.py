@@ -66,8 +66,8 @@ def losses(small, *, mesh=None, params=None, dropout_keys=(None,)):
         jax.tree.map(jnp.asarray, BATCH))
     hidden, _ = model.hidden(
         inputs, segment_ids=ids, mesh=mesh, dropout_key=dropout_key)
-    total, _, count = loss.cross_entropy(model, hidden, targets)
-    return total / count
+    sums = loss.cross_entropy(model, hidden, targets)
+    return sums.total / sums.number
   first, *others = [
       jax.device_get(both(params, key)) for key in dropout_keys]
   return [first, *others] if others else first

@@ -32,9 +32,9 @@ def test_parts_equal_the_whole(arrays, monkeypatch, z_loss):
   hidden, head, targets = arrays
 
   def total(hidden, head):
-    value, plain, count = loss.cross_entropy(
+    sums = loss.cross_entropy(
         model(head), hidden, targets, z_loss=z_loss)
-    return value, (plain, count)
+    return sums.total, sums[1:]
   # Traced anew for each use: LOGITS_BYTES is read while it is traced.
   compute = lambda *args: jax.jit(jax.value_and_grad(
       total, argnums=(0, 1), has_aux=True))(*args)
@@ -44,11 +44,12 @@ def test_parts_equal_the_whole(arrays, monkeypatch, z_loss):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
       a, b, rtol=1e-5, atol=1e-6), whole,
       compute(hidden, head))
-  (_, (plain, count)), _ = whole
+  (_, (plain, correct, count)), _ = whole
   logits = hidden @ head.T
   each = optax.softmax_cross_entropy_with_integer_labels(
       logits, np.maximum(targets, 0))
   np.testing.assert_allclose(plain, each[targets >= 0].sum(), rtol=1e-5)
+  assert correct == (logits.argmax(-1) == targets).sum()
   assert count == (targets >= 0).sum() == B * T - 2
 
 
