@@ -1,16 +1,19 @@
-"""Writes the tables of flags into docs/flags.md.
+"""Writes the tables of flags and options into docs/flags.md and docs/tasks.md.
 
   python -m docs.tables          # writes them
   python -m docs.tables --check  # fails if they are not what the code says
 """
 
+import dataclasses
 import pathlib
 import re
 import sys
 
 import attention
-from attention.common import options
+from attention.common import options, specs
 from configs import default
+from train_lib import tasks
+from train_lib.tasks import task
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,12 +44,26 @@ def all_flags():
   return '\n\n'.join(parts)
 
 
+def task_options():
+  """The options of every task."""
+  rows = ['| task | option | default | meaning |', '|---|---|---|---|']
+  common = {field.name for field in dataclasses.fields(task.Task)}
+  for name, kind in [('every', task.Task),
+                     *((name, tasks.get(name)) for name in tasks.names())]:
+    rows += [
+        f'| `{name}` | `{field.name}` | {specs.value_text(field.default)} | '
+        f'{options.text(field)} |' for field in dataclasses.fields(kind)
+        if name == 'every' or field.name not in common]
+  return '\n'.join(rows)
+
+
 def _cell(text):
   return str(text).replace('|', '\\|')
 
 
-TABLES = {'attention-flags': attention_flags, 'all-flags': all_flags}
-FILES = ('docs/flags.md',)
+TABLES = {'attention-flags': attention_flags, 'all-flags': all_flags,
+          'task-options': task_options}
+FILES = ('docs/flags.md', 'docs/tasks.md')
 
 
 def fill(text):
