@@ -13,7 +13,7 @@ import pytest
 
 from tests.train_lib import runs
 from tests.train_lib.runs import losses, marks
-from train_lib import checkpoints, data, metrics, trainer
+from train_lib import checkpoints, corpus, metrics, trainer
 from train_lib import run as run_lib
 from train_lib.evaluate import Evaluator
 from train_lib.lock import Lock
@@ -91,18 +91,18 @@ def test_rows_after_a_resume_are_over_the_same_steps(
 def test_a_signal_in_the_final_evaluation_is_noticed(
     config, tmp_path, monkeypatch):
   config.update(max_iters=2, eval_final=True)
-  full, seen = data.full_batch, []
+  full, seen = corpus.Dataset.full_batch, []
 
   def full_batch(*args, **kwargs):
     seen.append(kwargs['index'])
     if kwargs['index'] == 1:
       os.kill(os.getpid(), signal.SIGINT)
     return full(*args, **kwargs)
-  monkeypatch.setattr(data, 'full_batch', full_batch)
+  monkeypatch.setattr(corpus.Dataset, 'full_batch', full_batch)
   with pytest.raises(KeyboardInterrupt):
     trainer.train(config, tmp_path / 'run')
   assert seen == [0, 1]
-  monkeypatch.setattr(data, 'full_batch', full)
+  monkeypatch.setattr(corpus.Dataset, 'full_batch', full)
   history = trainer.train(config, tmp_path / 'run')
   assert history[-1]['step'] == 2 and 'val_loss_full' in history[-1]
 
