@@ -3,8 +3,8 @@
   python main.py --mode=sweep --sweep=sweeps/quickstart.py --match=params
   python main.py --mode=report --workdir=runs/quickstart
 
-Hardware: two CPU cores, about five minutes. Expect ssm before causal before
-linear, each difference resolved.
+Hardware: two CPU cores, five minutes of processor time. Expect ssm before
+causal before linear, each difference resolved.
 """
 
 from configs.grid import product
