@@ -25,8 +25,8 @@ def build(**flags):
 @jax.jit
 def mean_loss(model, scale=1.0):
   hidden, _ = model.hidden(TOKENS[:, :-1])
-  total, _, count = loss.cross_entropy(model, scale * hidden, TOKENS[:, 1:])
-  return total / count
+  sums = loss.cross_entropy(model, scale * hidden, TOKENS[:, 1:])
+  return sums.total / sums.number
 
 
 @pytest.mark.parametrize('tied', [True, False])
