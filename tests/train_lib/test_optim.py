@@ -57,13 +57,14 @@ def test_a_schedule_that_does_not_do_what_it_says(config, flags, told):
 
 @pytest.mark.parametrize('name', ('constant', 'cosine', 'linear', 'wsd'))
 def test_the_table_is_the_schedule(config, name):
-  """To the bit, and longer than the run."""
+  """Longer than the run, and one number at a time but for rounding."""
   config.update(lr_schedule=name, max_iters=1500, warmup_iters=100,
                 lr_decay_iters=None, learning_rate=3e-3, min_lr=1e-4)
   table = optim.rates(config)
   assert table.shape == (2048,)
   rate = jax.jit(optim.schedule(config))
-  assert [float(rate(i)) for i in range(0, 1500, 7)] == [*table[:1500:7]]
+  np.testing.assert_allclose(
+      table[:1500:7], [rate(i) for i in range(0, 1500, 7)], rtol=3e-7)
   config.max_iters = 3
   assert optim.rates(config).shape == (optim.SHORTEST,)
   config.max_iters = 10 ** 9
