@@ -124,7 +124,8 @@ def _repeated(x, ctx, n_head, *, axis):
     return None
   heads, shards = x.shape[axis], mesh_size(ctx.mesh, 'N')
   if n_head % shards:
-    raise ValueError(f'mesh_tensor ({shards}) must divide n_head ({n_head})')
+    raise ValueError(
+        f'mesh_tensor ({shards}) must divide the {n_head} heads of a layer')
   copies = math.lcm(heads, shards) // heads
   return x if copies == 1 else jnp.repeat(x, copies, axis)
 

@@ -136,7 +136,7 @@ SETTINGS = {
     'use_concat_heads': [dict(use_concat_heads=True)],
     'differential_lambda_init': [
         dict(differential_lambda_init=0.8), dict(differential_lambda_init=0.0)],
-    'mamba2_expand': [dict(mamba2_expand=3)],
+    'mamba2_expand': [dict(mamba2_expand=4)],
     'mamba2_head_dim': [dict(mamba2_head_dim=16)],
     'mamba2_d_state': [dict(mamba2_d_state=5)],
     'mamba2_n_groups': [dict(mamba2_n_groups=2)],

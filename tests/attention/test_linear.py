@@ -220,7 +220,7 @@ def test_a_mesh_must_fit_the_heads():
   module, (x, _) = build(), inputs()
   mesh = jax.make_mesh((1, 1, 8), ('data', 'fsdp', 'tensor'),
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
-  with pytest.raises(ValueError, match=r'mesh_tensor \(8\) must divide n_head'):
+  with pytest.raises(ValueError, match=r'mesh_tensor \(8\) must divide the '):
     module(x, Context(segment_positions(jnp.zeros(x.shape[:2])), mesh=mesh))
 
 
