@@ -3,6 +3,7 @@
   python -m benchmarks.scan                      # everything
   python -m benchmarks.scan --op scan --defaults
   python -m benchmarks.scan --op chunked --times 512 2048
+  python -m benchmarks.scan --op delta --times 2048 4096 8192 16384 32768
 
 All candidates of a table are checked against the op first, then timed in turns
 of three runs in one process; a time is the least of its runs, as others may use
@@ -20,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.kernels import chunked, scan
+from attention.kernels import chunked, delta, scan
+from attention.kernels.delta import reference as delta_reference
 from attention.kernels.scan import reference
 from train_lib import cpu
 
@@ -172,12 +174,46 @@ def chunked_table(steps, repeats, options):
           candidates, (q, k, v), repeats, options)
 
 
+def delta_table(steps, repeats, options):
+  """First chunked linear attention, last two that go step by step."""
+  batch, heads, width = 2, 8, 64
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  shape = (batch, steps, heads, width)
+  arguments = (unit(normal(*shape)), unit(normal(*shape)), normal(*shape),
+               jax.nn.sigmoid(normal(*shape[:3])), -jnp.exp(normal(*shape) - 2))
+
+  def candidate(op, *, rule, decay):
+    """Of what arguments it takes, the others have no gradient."""
+    def call(q, k, v, beta, channels):
+      by = dict(none=None, head=channels[..., 0], channel=channels)[decay]
+      return op(q, k, v, beta=beta if rule else None, decay=by)[0]
+    return call
+
+  kinds = {'deltanet': dict(rule=True, decay='none'),
+           'gated_deltanet': dict(rule=True, decay='head'),
+           'kda': dict(rule=True, decay='channel'),
+           'gla, hgrn2': dict(rule=False, decay='channel')}
+  candidates = {'chunked': (lambda q, k, v, beta, channels: (
+      chunked.chunked_linear_attention(q, k, v)[0]), True)}
+  for name, kind in kinds.items():
+    candidates[name] = candidate(delta.delta_rule, **kind), False
+  if steps <= 2048:
+    for name in ('gated_deltanet', 'gla, hgrn2'):
+      candidates[f'{name}, lax.scan'] = candidate(
+          delta_reference.delta_rule, **kinds[name]), False
+  compare(f'The delta rule and decays by channel, B {batch}, T {steps}, '
+          f'N {heads}, H {width}', candidates, arguments, repeats, options)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--op', choices=('scan', 'chunked', 'all'), default='all')
+  parser.add_argument('--op', choices=('scan', 'chunked', 'delta', 'all'),
+                      default='all')
   parser.add_argument('--times', type=int, nargs='+', metavar='T',
                       default=[512, 1024, 2048, 4096, 8192],
-                      help='lengths for linear attention')
+                      help='lengths for linear attention and the delta rule')
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--defaults', action='store_true',
                       help="XLA's and glibc's, not as training sets them")
@@ -191,6 +227,9 @@ def main():
   if flags.op in ('chunked', 'all'):
     for steps in flags.times:
       chunked_table(steps, flags.repeats, options)
+  if flags.op in ('delta', 'all'):
+    for steps in flags.times:
+      delta_table(steps, flags.repeats, options)
 
 
 if __name__ == '__main__':

@@ -120,11 +120,12 @@ def test_importing_everything_touches_no_device():
 
 
 # The rooms of an op: a newcomer who knows one knows all.
-OPS = ('flash', 'scan', 'chunked', 'scores')
+OPS = ('flash', 'scan', 'chunked', 'delta', 'scores')
 ENTRIES = {'__init__.py', 'reference.py', 'xla.py', 'tpu', 'gpu'}
 MORE = {'flash': {'plain.py', 'cudnn.py'},
+        'delta': {'decays.py', 'products.py'},
         'scores': {'plain.py', 'weights.py', 'fire.py'}}
-WITHOUT_KERNELS = ('scores',)
+WITHOUT_KERNELS = ('delta', 'scores')
 ROOM = {'__init__.py', 'launch.py', 'forward_kernel.py', 'backward_kernel.py'}
 MORE_IN_ROOM = {'blocks.py', 'chunk.py', 'states.py'}
 

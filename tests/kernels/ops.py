@@ -6,106 +6,20 @@ Operands, outputs and gradients go by name. An operand's letters (see
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.kernels import chunked, flash, scan, scores
+from attention.kernels import chunked, delta, flash, scan, scores
 from attention.kernels.chunked import reference as chunked_reference
+from attention.kernels.delta import reference as delta_reference
 from attention.kernels.flash import reference as flash_reference
 from attention.kernels.scan import reference as scan_reference
 from attention.kernels.scores import reference as scores_reference
 from attention.kernels.scores.fire import Fire
 from attention.kernels.scores.weights import Softmax, Weigh
-from tests.kernels.measure import TOLERANCE
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Row:
-  """One case of an op.
-
-  Attributes:
-    id: part of the test's name.
-    fast: the implementations that the fast tier tries it on.
-    slow: likewise.
-    has: the optional operands.
-    dtype: of the operands in `low`. None: what the implementation takes.
-    tolerance: of implementations that compute in float32.
-    chip: the TPU that is pretended; '' has what all have.
-    races: whether the TPU interpreter looks for them, which takes long.
-    cut: arguments of what cuts an implementation's work small (see
-      `implementations`). None: it is cut as everywhere.
-  """
-  id: str = ''
-  fast: str = ''
-  slow: str = ''
-  has: str = ''
-  dtype: type | None = None
-  tolerance: float = TOLERANCE
-  chip: str = ''
-  races: bool = True
-  cut: dict | None = dataclasses.field(default_factory=dict)
-  B: int = 2
-  T: int = 63
-
-  operands: ClassVar[dict]  # {name: letters}
-  optional: ClassVar[str]
-  low: ClassVar[str]  # operands of the dtype, the others are float32
-  series: ClassVar[str]  # operands that are cut where time is
-  static: ClassVar[str]  # options
-  results: ClassVar[dict]  # {name: letters} of the outputs
-  state: ClassVar[dict] = {}  # {output: the operand it is handed on as}
-  exactly: ClassVar[type] = np.float32  # in which its definition is exact
-
-  @property
-  def letters(self):
-    """{name: letters} of the operands that the row has."""
-    absent = set(self.optional.split()) - set(self.has.split())
-    return {name: letters for name, letters in self.operands.items()
-            if name not in absent}
-
-  @property
-  def outputs(self):
-    """{name: letters} of the outputs that the row has."""
-    return self.results
-
-  @property
-  def options(self):
-    """What a program is compiled for: arguments that are no arrays, by name."""
-    return {name: getattr(self, name) for name in self.static.split()}
-
-  def shape(self, letters):
-    return tuple(getattr(self, letter) for letter in letters)
-
-  def draw(self):
-    """{name: array}: the operands in float32, or what integers they are."""
-    rng = np.random.default_rng(0)
-    normal = {name: rng.standard_normal(self.shape(letters), np.float32)
-              for name, letters in self.letters.items()}
-    return {name: np.asarray(x) for name, x in self.suit(normal, rng).items()}
-
-  def suit(self, normal, rng):
-    """Makes operands of normal numbers."""
-    raise NotImplementedError
-
-  def document(self, first, last):
-    """Operands for which [first, last) are the steps of one document."""
-    ids = np.searchsorted([first, last], np.arange(self.T), side='right')
-    marks = np.broadcast_to(np.diff(ids, prepend=0) > 0, (self.B, self.T))
-    return dict(starts=marks)
-
-  def cotangents(self):
-    rng = np.random.default_rng(1)
-    # A mean, so that the sums that are gradients do not cancel.
-    return {name: 1 + rng.standard_normal(self.shape(letters), np.float32)
-            for name, letters in self.outputs.items()}
-
-  def arguments(self, dtype):
-    """The operands, those in `low` cast to a dtype."""
-    return {name: jnp.asarray(x, dtype if name in self.low.split() else None)
-            for name, x in self.draw().items()}
+from tests.kernels.row import Row, random_starts
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -255,6 +169,52 @@ class Chunked(Row):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Delta(Row):
+  """A row of delta_rule."""
+  N: int = 4
+  K: int = 2
+  H: int = 8
+  V: int = 6
+  channels: bool = False  # Each decays by itself.
+  same_keys: bool = False  # At every step.
+  decays: tuple = ()  # Repeated, in place of random ones.
+  betas: tuple = ()  # Likewise.
+
+  op = staticmethod(delta.delta_rule)
+  definition = staticmethod(delta_reference.delta_rule)
+  operands = dict(q='BTNH', k='BTKH', v='BTKV', beta='BTK', decay='BTK',
+                  s0='BKHV', starts='BT')
+  optional = 'beta decay s0 starts'
+  low = 'q k v'
+  series = 'q k v beta decay starts'
+  static = ''
+  results = dict(y='BTNV', sT='BKHV')
+  state = dict(sT='s0')
+
+  @property
+  def letters(self):
+    decay = {'decay': 'BTKH'} if self.channels else {}
+    return super().letters | decay
+
+  def suit(self, normal, rng):
+    every = dict(normal, starts=random_starts(rng, self.B, self.T))
+    k = normal['k'][:, :1] + 0 * normal['k'] if self.same_keys else normal['k']
+    every['k'] = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    if 'decay' in normal:
+      every['decay'] = -np.exp(normal['decay'] - 1)
+    if 'beta' in normal:
+      every['beta'] = 2 / (1 + np.exp(-normal['beta']))
+    for name, values in (('decay', self.decays), ('beta', self.betas)):
+      if name in normal and values:
+        steps = np.resize(np.float32(values), (1, self.T) + (1,) * (
+            normal[name].ndim - 2))
+        every[name] = np.broadcast_to(steps, normal[name].shape)
+    return {name: every[name] for name in normal}
+
+  call = Scan.call
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Scores(Row):
   """A row of weighted_attention; weigh has `first` and `second` to learn."""
   keys: int | None = None  # None: as many as queries
@@ -309,18 +269,6 @@ class Scores(Row):
     bias = None if row_bias is None else (row_bias, column_bias)
     return op(**arguments, segment_ids=ids, learned=learned, fire_learned=fire,
               bias=bias)
-
-
-def random_starts(rng, rows, time, *, every=9):
-  """bool [rows,T]: starts at some multiples of `every`.
-
-  In row 0 the document of before goes on; in the others one starts, so that
-  the state before it does not count.
-  """
-  marks = np.zeros((rows, time), bool)
-  marks[:, ::every] = rng.random((rows, -(-time // every))) < 0.7
-  marks[:, 0] = np.arange(rows) > 0
-  return marks
 
 
 def function(kind, op, options):

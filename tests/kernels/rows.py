@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attention.kernels.scores import weights
 from attention.kernels.scores.fire import Fire
 from tests.kernels.measure import TOLERANCE
-from tests.kernels.ops import Chunked, Flash, Scan, Scores
+from tests.kernels.ops import Chunked, Delta, Flash, Scan, Scores
 
 NATIVE = dict(fast='xla plain', slow='tpu gpu')
 PAIRS = dict(slow='xla plain tpu gpu')
@@ -287,6 +287,53 @@ CHUNKED = (
           (64, 64, 4, 2), (128, 64, 2, 2), (80, 128, 3, 1), (96, 48, 2, 1))),
 )
 
+RULE = 'beta decay s0'
+XLA, SLOW_XLA = dict(fast='xla'), dict(slow='xla')
+CHANNELS = dict(channels=True)
+
+DELTA = (
+    Delta(id='one step', T=1, has=f'{RULE} starts', **XLA),
+    Delta(id='one step of channels', T=1, has=f'{RULE} starts', **CHANNELS,
+          **XLA),
+    Delta(id='bare', **XLA),
+    Delta(id='packed', T=100, has='s0 starts', **SLOW_XLA),
+    Delta(id='rule', T=257, has='beta s0', **XLA),
+    Delta(id='rule packed', T=100, has='beta s0 starts', **SLOW_XLA),
+    Delta(id='decay', has='decay s0', **SLOW_XLA),
+    Delta(id='decay packed', T=100, has='decay s0 starts', **SLOW_XLA),
+    Delta(id='rule and decay', T=64, has=RULE, **XLA),
+    Delta(id='everything', T=100, has=f'{RULE} starts', **XLA),
+    Delta(id='everything T257', T=257, K=1, has=f'{RULE} starts', **SLOW_XLA),
+    Delta(id='channels', T=65, has='decay s0', **CHANNELS, **XLA),
+    Delta(id='channels packed', T=257, has='decay s0 starts', **CHANNELS,
+          **SLOW_XLA),
+    Delta(id='rule and channels', has=RULE, **CHANNELS, **SLOW_XLA),
+    Delta(id='everything by channel', T=100, has=f'{RULE} starts', **CHANNELS,
+          **XLA),
+    Delta(id='multi-query', T=257, K=1, has=RULE, **CHANNELS, **SLOW_XLA),
+    Delta(id='multi-head', T=20, N=3, K=3, H=16, V=32, has=RULE, **CHANNELS,
+          **SLOW_XLA),
+    *(Delta(id=f'extreme decays{" by channel" * channels}{" packed" * packed}',
+            T=100, has=RULE + ' starts' * packed, channels=channels,
+            decays=EXTREME_DECAYS, fast='xla' if channels else '',
+            slow='' if channels else 'xla')
+      for channels in (False, True) for packed in (False, True)),
+    Delta(id='no decay at all', T=100, has=RULE, decays=(0.0,), **CHANNELS,
+          **SLOW_XLA),
+    # The gradient of a decay is a difference, here one that should be zero.
+    Delta(id='nothing is kept', T=100, has=RULE, decays=(-jnp.inf,), **CHANNELS,
+          tolerance=1e-4, **SLOW_XLA),
+    # The triangular systems at their worst: what reflects has sums of 2, -2, 2.
+    Delta(id='one key', T=257, has='beta s0', same_keys=True, betas=(1.0,),
+          **XLA),
+    Delta(id='one key, reflected', T=257, has='beta s0', same_keys=True,
+          betas=(2.0,), tolerance=1e-4, **XLA),
+    Delta(id='betas at their ends', T=100, has=f'{RULE} starts',
+          betas=(0.0, 2.0, 1.0, 2.0, 0.0, 1e-30), **CHANNELS, **XLA),
+    Delta(id='bfloat16', T=100, has=RULE, dtype=jnp.bfloat16, **CHANNELS,
+          **XLA),
+)
+
 BOTH = dict(fast='xla plain')
 LEARNED = 'first second'
 FIRE = 'c multiplier w1 b1 w2 b2 positions'
@@ -320,4 +367,4 @@ SCORES = (
     Scores(id='bfloat16', has=PACKED, dtype=jnp.bfloat16, slow='xla plain'),
 )
 
-ROWS = FLASH + SCAN + CHUNKED + SCORES
+ROWS = FLASH + SCAN + CHUNKED + DELTA + SCORES

@@ -14,7 +14,7 @@ from tests.kernels.measure import (
     assert_rounded,
     same_bits,
 )
-from tests.kernels.ops import Chunked, Flash, Scan, Scores
+from tests.kernels.ops import Chunked, Delta, Flash, Scan, Scores
 
 # Values for the series of a document: inside, they may do what they like.
 GARBAGE = {
@@ -30,6 +30,11 @@ GARBAGE = {
         huge=dict(q=3e38, k=1e38, v=-3e38, decay=-1e9),
         inf=dict(q=np.inf, k=np.inf, v=np.inf, decay=-np.inf),
         nan=dict(q=np.nan, k=np.nan, v=np.nan, decay=np.nan)),
+    Delta: dict(
+        finite=dict(q=5.0, k=1e15, v=-1e15, decay=-1e9, beta=1e9),
+        huge=dict(q=3e38, k=1e38, v=-3e38, decay=-1e9, beta=2.0),
+        inf=dict(q=np.inf, k=np.inf, v=np.inf, decay=-np.inf, beta=np.inf),
+        nan=dict(q=np.nan, k=np.nan, v=np.nan, decay=np.nan, beta=np.nan)),
 }
 
 
@@ -55,7 +60,8 @@ def everything(kind, implementation):
 
 def promises(**implementations):
   """Cases on the row of all options, fast where nothing is interpreted."""
-  kinds = dict(flash=Flash, scan=Scan, chunked=Chunked, scores=Scores)
+  kinds = dict(flash=Flash, scan=Scan, chunked=Chunked, delta=Delta,
+               scores=Scores)
   return [param(everything(kinds[op], name), name,
                 fast=name not in ('tpu', 'gpu'))
           for op, names in implementations.items() for name in names.split()]
@@ -75,7 +81,7 @@ def test_matches_definition(row, implementation, results):
 
 
 @pytest.mark.parametrize('row, implementation', [
-    param(row, implementation) for row in rows.SCAN + rows.CHUNKED
+    param(row, implementation) for row in rows.SCAN + rows.CHUNKED + rows.DELTA
     if row.id in ('bfloat16', 'float16')
     for implementation in f'{row.fast} {row.slow}'.split()])
 def test_low_precision_keeps_a_float32_state(row, implementation, results):
@@ -87,7 +93,7 @@ def test_low_precision_keeps_a_float32_state(row, implementation, results):
 
 @pytest.mark.parametrize('row, implementation', promises(
     flash='xla plain tiles tpu gpu', scan='xla tpu gpu',
-    chunked='xla tpu gpu', scores='xla plain'))
+    chunked='xla tpu gpu', delta='xla', scores='xla plain'))
 def test_same_bits_twice(row, implementation, results):
   operands = row.arguments(implementations.dtype(row, implementation))
   one, two = (results(row, implementation, operands) for _ in range(2))
@@ -96,7 +102,7 @@ def test_same_bits_twice(row, implementation, results):
 
 
 @pytest.mark.parametrize('row, implementation', promises(
-    scan='xla tpu gpu', chunked='xla tpu gpu'))
+    scan='xla tpu gpu', chunked='xla tpu gpu', delta='xla'))
 def test_first_start_decides_whether_the_state_counts(
     row, implementation, results):
   got = results(row, implementation, row.arguments(
@@ -135,6 +141,11 @@ def isolated(kind, implementation, garbage, first, last, *, id=None):
     isolated(Chunked, 'xla', 'finite', 75, 150),
     *(isolated(Chunked, 'tpu', garbage, 25, 50)
       for garbage in ('finite', 'inf', 'nan')),
+    *(isolated(Delta, 'xla', garbage, first, last, id=id)
+      for garbage in ('finite', 'huge', 'inf', 'nan')
+      for first, last, id in (
+          (25, 50, 'everything'), (75, 96, 'everything by channel'),
+          (3, 17, 'rule packed'), (25, 50, 'channels packed'))),
     isolated(Chunked, 'xla', 'finite', 25, 50, id='shared and everything'),
     isolated(Chunked, 'tpu', 'nan', 25, 50, id='shared and everything'),
     isolated(Chunked, 'gpu', 'huge', 25, 50, id='hopper shared'),
@@ -168,7 +179,7 @@ def test_documents_are_isolated_bit_for_bit(
 
 
 @pytest.mark.parametrize('row, implementation', promises(
-    scan='xla', chunked='xla tpu'))
+    scan='xla', chunked='xla tpu', delta='xla'))
 def test_handing_the_state_on_equals_the_whole(row, implementation, capfd):
   outputs = functools.partial(
       implementations.outputs, row, implementation, capfd=capfd)
@@ -188,6 +199,7 @@ SHORT = (Flash(id='sink', T=40, has='sink', fast='xla plain tiles'),
          Flash(id='bias', T=40, has='row_bias column_bias', fast='plain tiles'),
          Scan(id='state', T=10, has='h0', fast='xla'),
          Chunked(id='state', T=10, has='s0', slow='xla'),
+         Delta(id='state', T=40, has=rows.RULE, channels=True, fast='xla'),
          Scores(id='sink', has='first', fast='xla'))
 
 
@@ -241,6 +253,7 @@ def gradients(row, implementation, transformed):
 TRANSFORMATIONS = {Flash: (checkpointed, scanned, mapped, sharded),
                    Scan: (checkpointed, mapped),
                    Chunked: (checkpointed, mapped),
+                   Delta: (checkpointed, mapped),
                    Scores: (checkpointed, scanned, mapped)}
 
 

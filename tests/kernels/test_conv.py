@@ -7,7 +7,7 @@ import pytest
 
 from attention.kernels.conv import causal_conv1d
 from tests.kernels.measure import assert_agree, same_bits
-from tests.kernels.ops import random_starts
+from tests.kernels.row import random_starts
 
 
 def dot(tree):
