@@ -11,13 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attention.kernels import chunked, flash, running, scan, scores
+from attention.kernels import chunked, delta, flash, running, scan, scores
 from attention.kernels.conv import causal_conv1d
 from attention.kernels.sums import running_sum as _running_sum
 from model.sharding import mesh_size
 
 __all__ = [
-    'causal_conv1d', 'flash_attention', 'linear_attention',
+    'causal_conv1d', 'delta_rule', 'flash_attention', 'linear_attention',
     'linear_recurrence', 'running_mean', 'selective_scan',
     'weighted_attention']
 
@@ -128,6 +128,27 @@ def _repeated(x, ctx, n_head, *, axis):
         f'mesh_tensor ({shards}) must divide the {n_head} heads of a layer')
   copies = math.lcm(heads, shards) // heads
   return x if copies == 1 else jnp.repeat(x, copies, axis)
+
+
+def delta_rule(q, k, v, ctx, *, beta=None, decay=None, state=None, **options):
+  """attention.kernels.delta: y [B,T,N,V] and the state [B,N,H,V].
+
+  Args:
+    q, k, v, beta, decay: as there, of as many heads.
+    ctx: the Context, whose starts zero the state.
+    state: of before the first step, or None: zero.
+    **options: as there.
+  """
+  def local(q, k, v, beta, decay, state, starts):
+    return delta.delta_rule(q, k, v, beta=beta, decay=decay, s0=state,
+                            starts=starts, **options)
+
+  channels = decay is not None and decay.ndim == 4
+  return ctx.sharded(
+      local, outputs=('BTNV', 'BNHV'), inputs=(
+          'BTNH', 'BTNH', 'BTNV', 'BTN', 'BTNH' if channels else 'BTN', 'BNHV',
+          'BT'),
+  )(q, k, v, beta, decay, state, ctx.starts)
 
 
 def selective_scan(x, dt, A, B, C, D, ctx, *, z=None, dt_bias=None, h0=None,

@@ -149,6 +149,13 @@ SETTINGS = {
     'retention_decay_power': [
         dict(retention_decay_power=0.5), dict(retention_decay_power=0.0)],
     'retention_expand_v': [dict(retention_expand_v=1)],
+    'delta_beta_max': [dict(delta_beta_max=2.0)],
+    'delta_expand_v': [dict(delta_expand_v=2)],
+    'delta_conv_kernel_size': [
+        dict(delta_conv_kernel_size=3), dict(delta_conv_kernel_size=1)],
+    'gla_key_width': [dict(gla_key_width=3)],
+    'gla_gate_rank': [dict(gla_gate_rank=2)],
+    'hgrn2_lower_bound': [dict(hgrn2_lower_bound=0.4)],
     'rglru_width': [dict(rglru_width=24)],
     'rglru_conv_kernel_size': [
         dict(rglru_conv_kernel_size=2), dict(rglru_conv_kernel_size=1)],

@@ -19,9 +19,12 @@ from model.sharding import Context
 from tests.attention import cases, readme
 from tests.kernels import accelerators
 
-# Which op each variant must run as a Pallas kernel.
+# Which op each variant must run, and those that have a Pallas kernel.
 OPS = {'causal': 'flash', 'differential': 'flash', 'infinite': 'flash',
-       'mla': 'flash', 'rglru': 'scan', 'ssm': 'scan', 'identity': None}
+       'mla': 'flash', 'rglru': 'scan', 'ssm': 'scan', 'identity': None,
+       **dict.fromkeys(
+           ('deltanet', 'gated_deltanet', 'gla', 'hgrn2', 'kda'), 'delta')}
+KERNELS = ('flash', 'scan', 'chunked')
 
 
 @pytest.mark.slow
@@ -53,5 +56,6 @@ def test_compiles_for_a_slice(name, tmp_path):
       return (y.astype(jnp.float32) ** 2).sum()
     text = jax.jit(jax.grad(loss)).lower(mixer, x).compile().as_text()
   op = OPS.get(name, 'chunked')
-  assert choices == ({f'attention.kernels.{op}': {'tpu': ''}} if op else {})
-  assert ('tpu_custom_call' in text) == (op is not None)
+  made = {'tpu': ''} if op in KERNELS else {'xla': ''}
+  assert choices == ({f'attention.kernels.{op}': made} if op else {})
+  assert ('tpu_custom_call' in text) == (op in KERNELS)

@@ -4,11 +4,16 @@ import json
 
 import pytest
 
+from tests.train_lib import runs
 from train_lib import inference, trainer
 from train_lib import run as run_lib
 
 pytestmark = pytest.mark.usefixtures('one_device')
 ENTRIES = '2*causal(window_size=4, n_head=1)', 'ssm(ssm_d_state=4)'
+
+
+RECURRENT = ('3*gated_deltanet(delta_conv_kernel_size=2)',
+             'causal(attn_gate=head)', 'mamba2(mamba2_d_state=4)')
 
 
 @pytest.fixture
@@ -56,3 +61,26 @@ def test_other_layers_are_refused(hybrid, tmp_path, entries):
   with pytest.raises(ValueError, match='layers is .*, but the run in .* has '
                      r'layers=2\*causal\(n_head=1, window_size=4\) ssm'):
     run_lib.compatible(saved, hybrid, tmp_path)
+
+
+@pytest.mark.slow
+def test_layers_of_three_kinds_on_eight_devices(config, tmp_path):
+  """Packed, sharded and interrupted: the losses of one device, in one go."""
+  folder = tmp_path / 'documents'
+  folder.mkdir()
+  for i in range(9):
+    folder.joinpath(f'{i}.txt').write_text(f'{i} squared is {i * i}\n' * 12)
+  config.update(
+      attention_list=RECURRENT, n_layer=5, dataset=str(folder), packing=True,
+      max_iters=4, eval_interval=2, dropout=0.0)
+  whole = trainer.train(config, tmp_path / 'whole')
+  losses = []
+  runs.set_mesh(config, (2, 2, 2))
+  with runs.devices(8):
+    for steps in (2, 4):
+      config.max_iters = steps
+      losses += runs.losses(trainer.train(config, tmp_path / 'parts'))
+    assert inference.evaluate_run(config, tmp_path / 'parts')['val_tokens'] > 9
+    text, = inference.sample_run(config, tmp_path / 'parts')
+  assert losses == pytest.approx(runs.losses(whole), rel=1e-5)
+  assert len(text) > len(config.prompt)
