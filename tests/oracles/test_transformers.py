@@ -5,33 +5,23 @@ is called here, which flags make our layer the same mechanism, and where each
 of our parameters comes from is the table MODELS.
 """
 
-import dataclasses
 import functools
 import importlib
-import operator
-from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-import attention
 from attention.common.bias import alibi_slopes
-from model.layers import segment_positions
-from model.sharding import Context
 from tests.attention import cases
+from tests.oracles import layers
+from tests.oracles.layers import D, H, Model, N, agree, alone, rows, torch
 
-torch = pytest.importorskip('torch')
-pytest.importorskip('transformers')
 BLOOM_CODE = importlib.import_module('transformers.models.bloom.modeling_bloom')
 
 pytestmark = pytest.mark.oracles
 
 # Letters of the attention package. R: mla's latent; r: its rotary part.
-D, N, K, H = 32, 4, 2, 8
-R, r = 12, 6
+K, R, r = 2, 12, 6
 E, M, W, DT_RANK = 64, 5, 4, 3  # ssm: inner width, state, taps, rank of dt.
 STEPS = (0.3, 1.5)  # mamba2: limits that random step sizes reach.
 BASE, WINDOW, CAP = 100.0, 5, 0.5
@@ -50,12 +40,6 @@ GEMMA_SCALAR = 12
 # With constant weights g of its two norms, Qwen3's scores are ours with a
 # learned scale; q . k = g_q g_k H cos(q, k).
 QWEN_NORMS = {'q_norm.weight': 1.5, 'k_norm.weight': 1.25}
-
-
-def rows(weight, per_head, chosen):
-  """Some of every head's outputs, of a Linear's [N x per_head, inputs]."""
-  weight = weight.reshape(N, per_head, -1)[:, chosen]
-  return weight.reshape(-1, weight.shape[-1])
 
 
 def halves(name, heads):
@@ -183,23 +167,6 @@ JAMBA = MAMBA | {
 }
 
 
-def numpy(x):
-  return x.detach().numpy()
-
-
-def attended(layer, find, x):
-  """Their attention, with the mask that their model would give it."""
-  masks = importlib.import_module('transformers.masking_utils')
-  windowed = getattr(layer, 'sliding_window', None)  # Not all have it.
-  mask = (masks.create_sliding_window_causal_mask if windowed
-          else masks.create_causal_mask)
-  positions = torch.arange(x.shape[1])[None]
-  rotary = find('RotaryEmbedding')(layer.config)
-  return layer(
-      x, position_embeddings=rotary(x, positions),
-      attention_mask=mask(layer.config, x, None, None, positions))[0]
-
-
 def biased(layer, find, x):
   """Bloom's attention, with the bias and the mask of its model."""
   del find
@@ -209,44 +176,10 @@ def biased(layer, find, x):
   return layer(x, torch.zeros_like(x), alibi, mask)[0]
 
 
-def alone(layer, find, x):
-  """A layer that needs nothing but its input."""
-  del find
-  return layer(x)
-
-
 def recurrent_block(layer, find, x):
   del find
   positions = torch.arange(x.shape[1])[None]
   return layer(x, positions, None, use_cache=False)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """Their layer, and what ours has to be told to be the same.
-
-  Attributes:
-    library: transformers.models.<library>.
-    prefix: of the names of its classes.
-    layer: the rest of the layer's name.
-    settings: of its config.
-    variant, flags: of ours.
-    weights: {our parameter: theirs}.
-    constants: {their parameter: value}; the others are random.
-    without: our submodules that the model lacks, taken out.
-    call: (their layer, their classes by the rest of their name, float32 tensor
-      [B,T,D]) -> outputs.
-  """
-  library: str
-  prefix: str
-  layer: str
-  settings: dict
-  variant: str
-  flags: dict
-  weights: dict[str, str | Callable]
-  constants: dict = dataclasses.field(default_factory=dict)
-  without: tuple = ()
-  call: Callable = attended
 
 
 QWEN3 = functools.partial(
@@ -339,81 +272,22 @@ MODELS = {
 }
 
 
-class Through(nnx.Module):
-
-  def __call__(self, x):
-    return x
-
-
-@functools.cache
-def pair(name):
-  """(our Attention, their layer as a function of float32 [B,T,D])."""
-  model = MODELS[name]
-  library = importlib.import_module(
-      f'transformers.models.{model.library}.modeling_{model.library}')
-  find = lambda kind: getattr(library, model.prefix + kind)
-  config = find('Config')(**model.settings)
-  layer = randomised(find(model.layer)(config, layer_idx=0), model.constants)
-  mixer = attention.build(
-      model.variant, cases.config(n_embd=D, n_head=N, **model.flags),
-      rngs=nnx.Rngs(0))
-  for part in model.without:
-    setattr(mixer, part, Through())
-  copy(layer, mixer, model.weights)
-  return mixer, lambda x: numpy(model.call(layer, find, torch.tensor(x)))
-
-
-def randomised(layer, constants):
-  """The layer with random parameters, for inference."""
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for name, p in layer.named_parameters():
-      # Mamba multiplies so many of them that its outputs reach 25 with 1 in
-      # place of 0.8.
-      p.normal_(0, 0.8 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.5,
-                generator=generator)
-      if name in constants:
-        p.fill_(constants[name])
-  return layer.eval().requires_grad_(False)
-
-
-def copy(layer, mixer, table):
-  """Sets every parameter of ours to theirs."""
-  ours = {name.removesuffix('/value').replace('/', '.')
-          for name in cases.parameters(mixer)}
-  assert ours == set(table)
-  theirs = {name: numpy(p) for name, p in layer.named_parameters()}
-  for name, source in table.items():
-    value = theirs[source] if isinstance(source, str) else source(theirs)
-    parameter = operator.attrgetter(name)(mixer)
-    parameter[...] = jnp.asarray(
-        np.transpose(value).reshape(parameter.shape), jnp.float32)
-
-
-@jax.jit
-def run(mixer, x, ctx, state=None):
-  return mixer(x, ctx, state)
-
-
 def inputs():
   return np.array(cases.inputs(T))
-
-
-def agree(got, want):
-  """Asserts a small absolute error, for outputs of order 1.
-
-  It tells an eps of 1e-6 in a norm from one of 1e-5; rounding is below 1e-6.
-  """
-  assert got.shape == want.shape
-  assert 0.5 < np.abs(want).max() < 10
-  worst = np.abs(np.asarray(got) - want).max()
-  assert worst <= 5e-6, f'error {worst:.2g}'
 
 
 @pytest.mark.parametrize('n_head', [1, 2, 3, 6, 8, 12, 16, 40])
 def test_same_alibi_slopes(n_head):
   theirs = BLOOM_CODE._get_alibi_slopes(n_head, 'cpu')
-  np.testing.assert_allclose(alibi_slopes(n_head), numpy(theirs), rtol=2e-6)
+  np.testing.assert_allclose(
+      alibi_slopes(n_head), layers.numpy(theirs), rtol=2e-6)
+
+
+@functools.cache
+def pair(name):
+  """(our Attention, their layer as a function of float32 [B,T,D])."""
+  mixer, _, theirs = layers.build(MODELS[name])
+  return mixer, lambda x: layers.numpy(theirs(torch.tensor(x)))
 
 
 each = pytest.mark.parametrize('name', MODELS)
@@ -423,18 +297,16 @@ each = pytest.mark.parametrize('name', MODELS)
 def test_same_outputs(name):
   mixer, theirs = pair(name)
   x = inputs()
-  got, _ = run(mixer, x, Context(cases.counted(x)))
-  agree(got, theirs(x))
+  agree(layers.plain(mixer, x), theirs(x))
 
 
 @each
 def test_packed_documents_are_separate_calls(name):
   mixer, theirs = pair(name)
   x, lengths = inputs(), (7, 10)
-  ids = jnp.tile(jnp.repeat(jnp.arange(2), jnp.array(lengths)), (2, 1))
-  got, _ = run(mixer, x, Context(segment_positions(ids), ids))
   documents = np.split(x, [lengths[0]], axis=1)
-  agree(got, np.concatenate([theirs(part) for part in documents], 1))
+  agree(layers.packed(mixer, x, lengths),
+        np.concatenate([theirs(part) for part in documents], 1))
 
 
 @each
@@ -442,11 +314,4 @@ def test_decoding_is_one_call(name):
   """With the state: mla in its absorbed form, windows in a ring."""
   mixer, theirs = pair(name)
   x = inputs()
-  positions, got = cases.counted(x), []
-  state, start = mixer.init_state(*x.shape[:2]), 0
-  for end in range(9, T + 1):  # Nine tokens, then one by one.
-    y, state = run(mixer, x[:, start:end],
-                   Context(positions[:, start:end]), state)
-    got.append(y)
-    start = end
-  agree(np.concatenate(got, 1), theirs(x))
+  agree(layers.decoded(mixer, x, 9), theirs(x))
