@@ -123,6 +123,10 @@ class Data:
 class Training:
   """Training"""
   max_iters: int = option(1000, 'optimiser steps', at_least=0)
+  stop_when: str | None = option(
+      None, "end before max_iters, once a validation finds this: 'loss < 1.5', "
+      "'accuracy > 0.99' of a task, or what has been spent: 'tokens > 1e6', "
+      "'seconds > 60'")
   batch_size: int = option(8, 'rows of a step, over all devices', at_least=1)
   gradient_accumulation_steps: int = option(
       1, 'parts into which a step splits its rows', at_least=1)

@@ -14,7 +14,7 @@ from train_lib import run as run_lib
 from train_lib.state import AbstractModel
 
 # Flags that no shape depends on: runs that differ in these cost the same.
-_FREE = {'seed', 'max_iters', 'log_interval', 'eval_interval',
+_FREE = {'seed', 'max_iters', 'stop_when', 'log_interval', 'eval_interval',
          *default.Optimizer.__dataclass_fields__}
 
 

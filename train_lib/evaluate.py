@@ -13,6 +13,15 @@ from train_lib.tasks import dataset as task_data
 QUEUED = 8  # batches on their way to the devices
 
 
+def names(dataset):
+  """Of the columns that `Evaluator.columns` gives for a dataset."""
+  if not isinstance(dataset, task_data.Dataset):
+    return ['val_loss']
+  marks = ['', *(f'[{entry}]' for entry in dataset.slices)]
+  return [f'{name}{mark}' for mark in marks
+          for name in ('val_loss', 'val_accuracy')]
+
+
 class Evaluator:
   """The validation losses of a run's model, compiled once for all of them.
 

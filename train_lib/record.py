@@ -45,11 +45,16 @@ def begin(run, choices):
       'finished': None})
 
 
-def finish(run):
-  """Says in the record that the run has ended, and at which step."""
+def finish(run, state):
+  """Says in the record that the run has ended, and at which step.
+
+  Before max_iters it ends because it got to what stop_when says.
+  """
+  step = int(state.step)
   if jax.process_index() == 0:
     disk.write_json(run.workdir / NAME, {
-        **read(run.workdir), 'finished': run.config.max_iters})
+        **read(run.workdir), 'finished': step, 'stopped_when': (
+            run.config.stop_when if step < run.config.max_iters else None)})
 
 
 def read(workdir):

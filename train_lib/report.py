@@ -52,6 +52,9 @@ def header(run, first, choices, meta=None):
   if split:
     rows.insert(2, ('replicated', 'the mesh does not divide ' + ', '.join(
         split)))
+  if config.stop_when:
+    rows.append(('ends', f'when {config.stop_when}, or after '
+                 f'{config.max_iters:,} steps'))
   if first:
     rows.append(('resumed', f'from step {first:,} of {config.max_iters:,}'))
   rows += notes([*dataset.notes, *optim.notes(config)])

@@ -38,8 +38,10 @@ class Result:
   @property
   def finished(self):
     """Whether it has ended as its config says."""
-    ended = self.record.get('finished')
-    return ended is not None and ended == self.config.get('max_iters')
+    ended, goal = self.record.get('finished'), self.record.get('stopped_when')
+    return ended is not None and (
+        ended == self.config.get('max_iters')
+        or goal is not None and goal == self.config.get('stop_when'))
 
   @property
   def state(self):

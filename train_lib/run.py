@@ -21,6 +21,7 @@ from train_lib import (
     checkpoints,
     corpus,
     disk,
+    goal,
     optim,
     plan,
     sharding,
@@ -141,6 +142,7 @@ def open_run(config, workdir=None, *, tokenizer=None, read_only=False):
   if config.attention_list:
     config.attention_list = tuple(map(str, attention.listed(config)))
   task = _task(config)
+  goal.parse(config, task)  # Refused before there is a folder.
   mesh = sharding.make_mesh(config)
   plan.check_sizes(config, mesh)
   workdir = workdir or config.workdir

@@ -13,6 +13,7 @@ from model.sharding import mesh_size
 from train_lib import (
     checkpoints,
     cpu,
+    goal,
     kernel_check,
     loss,
     metrics,
@@ -108,6 +109,7 @@ def train(config, workdir=None):
   """
   run = run_lib.open_run(config, workdir)
   evaluator = Evaluator(run)
+  aim = goal.parse(run.config, run.dataset)
   with (lock_lib.Lock(run.workdir) as lock,
         checkpoints.Checkpoints(run.workdir) as store,
         metrics.Logger(run.config, run.workdir) as log,
@@ -126,10 +128,11 @@ def train(config, workdir=None):
     meter = metrics.Meter(run, log, first, sums)
     with Preemption() as preemption:
       try:
-        state = _loop(
-            run, step, state, first, evaluator=evaluator, store=store,
-            lock=lock, log=log, meter=meter, profiler=profiler,
-            preemption=preemption)
+        if not goal.met(run.config, meta):
+          state = _loop(
+              run, step, state, first, aim=aim, evaluator=evaluator,
+              store=store, lock=lock, log=log, meter=meter, profiler=profiler,
+              preemption=preemption)
         store.wait()
       except metrics.Diverged as error:
         raise _without_broken(error, store) from None
@@ -141,13 +144,13 @@ def train(config, workdir=None):
     report.finish(run, state, evaluator=evaluator, log=log)
     if log.failed:
       raise log.failed
-    record.finish(run)
+    record.finish(run, state)
   return log.history
 
 
-def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
+def _loop(run, step, state, first, *, aim, evaluator, store, lock, log, meter,
           profiler, preemption):
-  """Runs steps [first, max_iters): dispatched, never waited for."""
+  """Runs steps [first, max_iters), or until the Goal: never waited for."""
   config = run.config
   save_every = config.checkpoint_interval
   save_every = config.eval_interval if save_every is None else save_every
@@ -157,12 +160,15 @@ def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
     meter.add(values)  # The host reads the step before.
     store.check()
     done, last = index + 1, index + 1 == config.max_iters
-    val_loss = None
+    val_loss = ended = None
     if config.eval_interval and (due(done, config.eval_interval) or last):
       with meter.pause():
         columns = evaluator.columns(state.params)
         val_loss = columns['val_loss']
         log.write(done, columns)
+        if aim and not last and aim.reached(columns, meter.sums()):
+          log.say(f'step {done:,}: {aim.text}, as stop_when asks for')
+          last, ended = True, aim.text
     if last:
       _try_last(run, state, val_loss, evaluator=evaluator, meter=meter)
     if log.failed:
@@ -173,8 +179,9 @@ def _loop(run, step, state, first, *, evaluator, store, lock, log, meter,
         if not meter.skipping:
           lock.check()
           store.save(done, state, val_loss=val_loss,
-                     meta={**run.meta(), 'meter': meter.sums()})
-    if stop:
+                     meta={**run.meta(), 'meter': meter.sums(),
+                           'stopped_when': ended})
+    if stop or last:
       break
   return state
 
