@@ -176,8 +176,8 @@ class Evaluation:
   eval_final: bool = option(
       True, 'evaluate the whole validation split at the end')
   eval_slices: tuple | None = option(
-      None, 'of a task, more columns of an evaluation: length=128, or '
-      '(length=128, pairs=16) for several options at once')
+      None, 'more columns of an evaluation: of text position and repeats(n=3), '
+      'of a task with other options length=128 or (length=128, pairs=16)')
   checkpoint_interval: int | None = option(
       None, 'steps between checkpoints; none: eval_interval, 0: only the last',
       at_least=0)

@@ -4,19 +4,22 @@ import collections
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from model.sharding import mesh_size
 from train_lib import cpu, loss, sharding
 from train_lib.tasks import dataset as task_data
+from train_lib.text_slices import TextSlices
 
 QUEUED = 8  # batches on their way to the devices
 
 
-def names(dataset):
+def names(dataset, config):
   """Of the columns that `Evaluator.columns` gives for a dataset."""
   if not isinstance(dataset, task_data.Dataset):
-    return ['val_loss']
+    labels = TextSlices(config.eval_slices, config.block_size).labels
+    return ['val_loss', *(f'val_loss[{label}]' for label in labels)]
   marks = ['', *(f'[{entry}]' for entry in dataset.slices)]
   return [f'{name}{mark}' for mark in marks
           for name in ('val_loss', 'val_accuracy')]
@@ -30,12 +33,16 @@ class Evaluator:
 
   Attributes:
     sums: jitted (params, batch) -> (sum of the losses, how many targets were
-      the likeliest token, number of targets).
+      the likeliest token, number of targets), each [1] or, with slices of text,
+      [1+slices].
   """
 
   def __init__(self, run):
     self.config, self.mesh, self.model = run.config, run.mesh, run.model
     self.dataset = run.dataset
+    self.slices = TextSlices(
+        None if isinstance(self.dataset, task_data.Dataset)
+        else self.config.eval_slices, self.config.block_size)
     self.batch_size = self.config.eval_batch_size or self.config.batch_size
     self.sums = jax.jit(self._sums, compiler_options=cpu.compiler_options(
         self.mesh.devices.flat[0]))
@@ -43,21 +50,31 @@ class Evaluator:
   def quick(self, params):
     """Mean loss in nats a token over eval_iters fixed batches."""
     return self._mean(
-        params, self.dataset.eval_batch, self.config.eval_iters)[0]
+        params, self.dataset.eval_batch, self.config.eval_iters)[0][0]
 
   def columns(self, params):
     """{column: value} of a quick evaluation, as metrics.jsonl has them.
 
-    'val_loss'; of a task also 'val_accuracy', and both of every slice.
+    'val_loss', also of every slice that has targets; of a task 'val_accuracy'
+    too.
     """
     if not isinstance(self.dataset, task_data.Dataset):
-      return {'val_loss': self.quick(params)}
+      return self._losses('val_loss', self._mean(
+          params, self.dataset.eval_batch, self.config.eval_iters))
     columns = {}
     for mark, dataset in self._parts():
       found = self._mean(params, dataset.eval_batch, self.config.eval_iters,
                          block_size=dataset.task.context)
-      columns |= {f'val_loss{mark}': found[0], f'val_accuracy{mark}': found[1]}
+      columns |= {f'val_loss{mark}': found[0][0],
+                  f'val_accuracy{mark}': found[1][0]}
     return columns
+
+  def _losses(self, name, found):
+    """{column: mean} of the whole and of every slice of text."""
+    means, _, numbers = found
+    marks = ['', *(f'[{label}]' for label in self.slices.labels)]
+    return {f'{name}{mark}': mean for mark, mean, number in zip(
+        marks, means, numbers, strict=True) if number or not mark}
 
   def _parts(self):
     """(what its columns end with, Dataset) of the task and its slices."""
@@ -70,14 +87,16 @@ class Evaluator:
     Returns:
       {'val_loss_full': nats a token, 'bits_per_byte': where the number of
       bytes is known, 'val_tokens': how many, 'lost_characters': where the
-      tokenizer loses some, which then cost no bits}; of a task also
-      'val_accuracy_full', and both of every slice, NAME[SLICE].
+      tokenizer loses some, which then cost no bits}; the loss of every slice,
+      NAME[SLICE]; of a task also 'val_accuracy_full', likewise.
     """
     dataset = self.dataset
     if isinstance(dataset, task_data.Dataset):
       return self._full_task(params)
-    mean, _, tokens = self._whole(params, dataset, self.config.block_size)
-    result = {'val_loss_full': mean, 'val_tokens': tokens}
+    found = self._whole(params, dataset, self.config.block_size)
+    mean = found[0][0]
+    result = {**self._losses('val_loss_full', found),
+              'val_tokens': found[2][0]}
     if dataset.val_bytes:
       # As if the first token, never a target, had the mean loss.
       result['bits_per_byte'] = (
@@ -90,7 +109,7 @@ class Evaluator:
     """As `full`, of a task and its slices."""
     result = {}
     for mark, dataset in self._parts():
-      mean, accuracy, labels = self._whole(
+      (mean,), (accuracy,), (labels,) = self._whole(
           params, dataset, dataset.task.context)
       result |= {f'val_loss_full{mark}': mean,
                  f'val_accuracy_full{mark}': accuracy}
@@ -104,7 +123,7 @@ class Evaluator:
 
   def loss(self, params, batch):
     """Mean loss of a batch like those that it was compiled for."""
-    total, _, count = jax.device_get(self.sums(params, batch))
+    (total, *_), _, (count, *_) = jax.device_get(self.sums(params, batch))
     return float(total / max(count, 1))
 
   def _sums(self, params, batch):
@@ -113,26 +132,30 @@ class Evaluator:
     hidden, _ = module.hidden(inputs, segment_ids=ids, mesh=self.mesh)
     sums = loss.cross_entropy(
         module, loss.at_targets(hidden, batch), targets,
-        shards=mesh_size(self.mesh, 'B'))
-    return sums.plain, sums.correct, sums.number
+        masks=batch.get('masks'), shards=mesh_size(self.mesh, 'B'))
+    return jax.tree.map(
+        jnp.atleast_1d, (sums.plain, sums.correct, sums.number))
 
   def _mean(self, params, batch_of, count, *, block_size=None):
-    """(mean loss, accuracy, number of targets) over batches.
+    """([mean loss], [accuracy], [number of targets]) over batches.
+
+    Of all targets, and then of those of each slice of text.
 
     So many are queued that devices never wait, and no more: a signal is
     noticed between two of them.
     """
     batch = lambda index: sharding.global_batch(
-        lambda rows: batch_of(
+        lambda rows: self.slices.mark(batch_of(
             index=index, rows=rows, batch_size=self.batch_size,
-            block_size=block_size or self.config.block_size),
+            block_size=block_size or self.config.block_size)),
         self.batch_size, self.mesh)
-    sums, queued = np.zeros(3), collections.deque()
+    sums = np.zeros((3, 1 + len(self.slices.labels)))
+    queued = collections.deque()
     for index in range(count):
       queued.append(self.sums(params, batch(index)))
       if len(queued) > QUEUED:
         sums += jax.device_get(queued.popleft())
     for found in queued:
       sums += jax.device_get(found)
-    mean, accuracy = sums[:2] / max(sums[2], 1)
-    return float(mean), float(accuracy), int(sums[2])
+    means, accuracies = (sums[:2] / np.maximum(sums[2], 1)).tolist()
+    return means, accuracies, sums[2].astype(int).tolist()

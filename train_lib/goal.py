@@ -13,7 +13,7 @@ from train_lib import evaluate
 COMPARE = {'>=': operator.ge, '<=': operator.le,
            '>': operator.gt, '<': operator.lt}
 _FORM = re.compile(r'(.+?)\s*(>=|<=|>|<)\s*(\S+)')
-SPENT = ('tokens', 'seconds')  # of training, over all parts of the run
+SPENT = ('tokens', 'seconds')  # over all parts of the run
 
 
 class Goal(NamedTuple):
@@ -67,7 +67,7 @@ def parse(config, dataset):
   except ValueError:
     raise ValueError(f"stop_when='{text}' is not of the form NAME > NUMBER, "
                      'with one of >, >=, <, <=') from None
-  columns = evaluate.names(dataset)
+  columns = evaluate.names(dataset, config)
   column = name if name in SPENT else f'val_{name.removeprefix("val_")}'
   if column not in (*SPENT, *columns):
     names = ', '.join([*(c.removeprefix('val_') for c in columns), *SPENT])

@@ -132,6 +132,9 @@ def finish(run, state, *, evaluator, log):
       rows.append(('', f'{final["bits_per_byte"]:.4f} bits a byte' + (
           f', without those of {lost:,} characters that the tokenizer loses'
           if lost else '')))
+      rows += [(name.removeprefix('val_loss_full'), f'{value:.4f} nats a token')
+             for name, value in final.items()
+             if name.startswith('val_loss_full[')]
   losses = [r['val_loss'] for r in log.history
             if math.isfinite(r.get('val_loss', math.nan))]
   if losses:

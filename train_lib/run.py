@@ -29,6 +29,7 @@ from train_lib import (
 )
 from train_lib.state import AbstractModel, TrainState
 from train_lib.tasks import dataset as task_data
+from train_lib.text_slices import TextSlices
 
 # Where a run is and what is done with it: not part of what it computes.
 PLACE = ('workdir', 'mode')
@@ -168,9 +169,7 @@ def open_run(config, workdir=None, *, tokenizer=None, read_only=False):
 def _task(config):
   """The dataset of a task, whose rows are the block_size; None for text."""
   if not tasks.named(config.dataset):
-    if config.eval_slices:
-      raise ValueError(f'eval_slices {config.eval_slices} has no effect: '
-                       f'--dataset={config.dataset} is text, and no task')
+    TextSlices(config.eval_slices, config.block_size)  # Refuses what is none.
     return None
   dataset = task_data.Dataset(
       tasks.parse(config.dataset), slices=config.eval_slices)

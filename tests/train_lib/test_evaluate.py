@@ -78,7 +78,7 @@ def test_few_batches_are_on_their_way_at_once(config, tmp_path, monkeypatch):
   def sums(params, batch):
     queued.append(None)
     most.append(len(queued))
-    return np.float32(6), np.int32(1), np.int32(2)
+    return np.float32([6]), np.int32([1]), np.int32([2])
 
   def device_get(pair):
     queued.pop()

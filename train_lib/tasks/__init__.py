@@ -59,14 +59,15 @@ def slices(task, entries):
 
 
 def with_options(task, text, *, flag):
-  """The task with options of a text such as 'pairs=8, length=64'."""
+  """A task, or a slice, with the options of a text: 'pairs=8, length=64'."""
   fields = {field.name: field for field in dataclasses.fields(task)}
   values = {}
   for pair in split_list(text):
     name, equals, value = pair.partition('=')
     if name not in fields:
-      raise ValueError(f'--{flag}: the task has no option {name!r}'
-                       f'{nearest(name, fields)} known: {", ".join(fields)}')
+      raise ValueError(f'--{flag}: there is no option {name!r}'
+                       f'{nearest(name, fields)} known: '
+                       f'{", ".join(fields) or "none"}')
     try:
       values[name] = convert(fields[name], value if equals else None)
       check(fields[name], values[name])
