@@ -31,10 +31,13 @@ PADDING = np.array([3, 6])
 # Where a sequence is handed on: between two documents or inside of one.
 HANDOFF = 6
 
+# Variants of deltanet's layer: all their flags at once are in the slow tier.
+RELATED = 'gated_deltanet', 'kda'
+
+slow = lambda case: pytest.param(case, marks=pytest.mark.slow)
 every_case = pytest.mark.parametrize('case', [
-    *cases.MAIN,
-    *(pytest.param(c, marks=pytest.mark.slow) for c in cases.SINGLE
-      if not cases.shared(c))], ids=str)
+    *(slow(c) if c.flags and c.variant in RELATED else c for c in cases.MAIN),
+    *(slow(c) for c in cases.SINGLE if not cases.shared(c))], ids=str)
 every_variant = pytest.mark.parametrize('name', attention.names())
 
 

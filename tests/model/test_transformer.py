@@ -105,7 +105,8 @@ def test_every_parameter_of_every_variant_learns():
     pytest.param((8, 1, 1), marks=pytest.mark.slow),
     pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_every_mesh_gives_the_loss_of_one_device(sizes):
-  same(losses(config(*ALL), mesh=mesh_of(*sizes)), reference(), 1e-5)
+  """Rounding grows with layers, of which there is one for each variant."""
+  same(losses(config(*ALL), mesh=mesh_of(*sizes)), reference(), 3e-5)
 
 
 def mesh_of(*sizes):
