@@ -42,6 +42,9 @@ class Sweep:
       None, 'a Python file whose sweep() yields dicts of flags')
   sweep_shard: str | None = option(
       None, 'I/N: only every Nth run, from the Ith (1 to N) on, for array jobs')
+  sweep_workers: int = option(
+      1, 'processes that make the runs, each with its share of the cores or '
+      'of the GPUs', at_least=1)
   dry_run: bool = option(
       False, 'list the runs and what each costs, and start none')
   match: str = option(

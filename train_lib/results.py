@@ -86,6 +86,14 @@ class Result:
     return self.record['state_bytes'] + per_token * self.config['block_size']
 
 
+def failed_at(folder):
+  """What tells one failure of a run from the next, or None."""
+  try:
+    return (pathlib.Path(folder) / ERROR).stat().st_mtime_ns
+  except OSError:
+    return None
+
+
 def higher_is_better(metric):
   """Of a column: accuracies are to rise, losses to fall."""
   return 'accuracy' in metric

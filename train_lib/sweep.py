@@ -13,7 +13,16 @@ import traceback
 import jax
 
 from configs import grid
-from train_lib import budget, disk, lock, preemption, results, run, trainer
+from train_lib import (
+    budget,
+    disk,
+    lock,
+    preemption,
+    results,
+    run,
+    trainer,
+    workers,
+)
 from train_lib import sweep_table as table_lib
 
 LOG = 'log.txt'  # What a run would print.
@@ -38,6 +47,8 @@ def sweep(config):
   if not config.sweep:
     raise ValueError('--mode=sweep needs --sweep: a Python file whose sweep() '
                      'yields dicts of flags')
+  if config.sweep_workers > 1:  # The devices are the workers'.
+    jax.config.update('jax_platforms', 'cpu')
   if jax.process_count() > 1:
     raise ValueError('--mode=sweep is of one process: start one for each '
                      'device, with --sweep_shard')
@@ -52,9 +63,24 @@ def sweep(config):
     return
   run.make_workdir(root, config)
   _write(root, points, config)
-  with contextlib.suppress(OSError):  # Then every run compiles.
-    _share_programs()
-  _Sweep(mine, costs, root).go()
+  if config.sweep_workers > 1:
+    ended = workers.supervise(config, mine, root)
+  else:
+    with contextlib.suppress(OSError):  # Then every run compiles.
+      _share_programs()
+    ended = _Sweep(mine, root).go()
+  _conclude(mine, root, ended)
+
+
+def _conclude(points, root, ended):
+  """Prints the table; ValueError if some of {name: why it failed} have."""
+  print('\n' + table_lib.final(points, root, ended), flush=True)
+  failed = [name for name, why in ended.items() if why]
+  if failed:
+    raise ValueError(
+        f'{len(failed)} of {len(points)} runs failed, the first with: '
+        f'{ended[failed[0]]} ({root / failed[0] / results.ERROR}); the same '
+        'command tries them again')
 
 
 def _check_folders(points, root):
@@ -101,13 +127,13 @@ def _share_programs():
 class _Sweep:
   """The runs of this process and where they are."""
   points: list
-  costs: list
   root: pathlib.Path
 
   def go(self):
-    """Makes every run that is to be made; returns when none is left."""
+    """Makes every run that is to be made; {name: why it failed, or None}."""
     # What failed before is tried again, once, unless another process has.
-    stale = {p.name: self._failure(p) for p in self.points}
+    stale = {p.name: results.failed_at(self.root / p.name)
+             for p in self.points}
     left, ended = list(self.points), {}
     with table_lib.Live(self.points, self.root) as live:
       while left:
@@ -123,13 +149,7 @@ class _Sweep:
           live.wait(len(waiting))
           time.sleep(POLL)
         left = waiting
-    print('\n' + table_lib.final(self.points, self.root, ended), flush=True)
-    failed = [name for name, why in ended.items() if why]
-    if failed:
-      raise ValueError(
-          f'{len(failed)} of {len(self.points)} runs failed, the first with: '
-          f'{ended[failed[0]]} ({self.root / failed[0] / results.ERROR}); the '
-          'same command tries them again')
+    return ended
 
   def _visit(self, point, stale, live):
     """Makes a run unless it is done; returns why it failed, or None.
@@ -144,7 +164,7 @@ class _Sweep:
         found = results.read(folder)
         if found and found.finished:
           return None
-        if found and found.error and self._failure(point) != stale:
+        if found and found.error and results.failed_at(folder) != stale:
           return found.error
         return self._make(point, folder, live)
     except OSError as error:
@@ -170,13 +190,6 @@ class _Sweep:
       return _keep(folder, traceback.format_exc() + type(error).__name__
                    + f': {error}'.splitlines()[0])
     return None
-
-  def _failure(self, point):
-    """What tells one failure of a run from the next, or None."""
-    try:
-      return (self.root / point.name / results.ERROR).stat().st_mtime_ns
-    except OSError:
-      return None
 
 
 def _keep(folder, error):
