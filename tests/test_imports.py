@@ -40,6 +40,8 @@ RULES = {
     'train_lib/tasks': (
         ('attention.common.options', 'attention.common.specs', 'train_lib'),
         ('numpy',)),
+    'train_lib/text_slices.py': (
+        ('attention.common.options', 'train_lib.tasks'), ('numpy',)),
     'main.py': (PACKAGES, ('absl',)),
 }
 DENIED = {  # Allowed by a rule above, but for these.
@@ -49,8 +51,9 @@ DENIED = {  # Allowed by a rule above, but for these.
                 *(f'attention.{name}' for name in attention.names())),
     'train_lib': ('attention.common',
                   *(f'attention.{name}' for name in attention.names())),
-    # Options of a task are declared and checked as those of a layer.
+    # Options of tasks and slices are declared and checked as those of a layer.
     'train_lib/tasks': ('attention.kernels',),
+    'train_lib/text_slices.py': ('attention.kernels',),
 }
 
 

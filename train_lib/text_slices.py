@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from attention.common.options import nearest, option
-from train_lib import tasks
+from train_lib.tasks import with_options
 
 _FORM = re.compile(r'(\w+)(?:\((.*)\))?')
 
@@ -106,5 +106,5 @@ def _parse(entry):
     raise ValueError(f'--eval_slices={entry} is not known'
                      f'{nearest(entry, KINDS)} of text there are '
                      f'{", ".join(KINDS)}')
-  return tasks.with_options(KINDS[found.group(1)](), found.group(2) or '',
-                            flag=f'eval_slices={entry}')
+  return with_options(KINDS[found.group(1)](), found.group(2) or '',
+                      flag=f'eval_slices={entry}')
