@@ -47,13 +47,8 @@ class Evaluator:
     self.sums = jax.jit(self._sums, compiler_options=cpu.compiler_options(
         self.mesh.devices.flat[0]))
 
-  def quick(self, params):
-    """Mean loss in nats a token over eval_iters fixed batches."""
-    return self._mean(
-        params, self.dataset.eval_batch, self.config.eval_iters)[0][0]
-
   def columns(self, params):
-    """{column: value} of a quick evaluation, as metrics.jsonl has them.
+    """{column: mean over eval_iters fixed batches}, as metrics.jsonl has them.
 
     'val_loss', also of every slice that has targets; of a task 'val_accuracy'
     too.

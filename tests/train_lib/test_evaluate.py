@@ -35,7 +35,7 @@ def test_quick_and_full_are_means_over_their_targets(config, tmp_path):
 
   evaluator = Evaluator(run)
   quick = by_hand(data.eval_batch, config.eval_iters)
-  assert evaluator.quick(params) == pytest.approx(quick.mean(), rel=1e-5)
+  assert evaluator.columns(params)['val_loss'] == pytest.approx(quick.mean(), rel=1e-5)
   full = by_hand(data.full_batch, data.full_batches(
       run.dataset, batch_size=8, block_size=16))
   result = evaluator.full(params)
@@ -55,7 +55,7 @@ def test_accumulation_changes_no_loss(config, tmp_path):
       yield Evaluator(run_lib.open_run(config, tmp_path / 'run'))
   one, four = evaluators()
   params = jax.jit(one.model.init)(jax.random.key(0))
-  assert one.quick(params) == four.quick(params)
+  assert one.columns(params) == four.columns(params)
   config.eval_batch_size = 2
   fewer = Evaluator(run_lib.open_run(config, tmp_path / 'run'))
   assert fewer.full(params)['val_loss_full'] == pytest.approx(

@@ -81,7 +81,7 @@ def test_a_run_of_a_task_trains_resumes_and_is_evaluated(tmp_path, capsys):
     (dict(eval_slices=('length=99',)), 'give --nouse_abs_pos_embeddings'),
     (dict(eval_slices=('lenth=9',)), 'did you mean length?'),
     (dict(dataset='task:copi'), 'did you mean copy?'),
-    (dict(dataset='pydoc', eval_slices=('length=9',)), 'has no effect'),
+    (dict(dataset='pydoc', eval_slices=('length=9',)), 'is not known'),
 ])
 @pytest.mark.usefixtures('one_device')
 def test_what_makes_no_sense_is_one_line(flags, told, tmp_path):
