@@ -35,7 +35,8 @@ def test_quick_and_full_are_means_over_their_targets(config, tmp_path):
 
   evaluator = Evaluator(run)
   quick = by_hand(data.eval_batch, config.eval_iters)
-  assert evaluator.columns(params)['val_loss'] == pytest.approx(quick.mean(), rel=1e-5)
+  assert evaluator.columns(params) == {
+      'val_loss': pytest.approx(quick.mean(), rel=1e-5)}
   full = by_hand(data.full_batch, data.full_batches(
       run.dataset, batch_size=8, block_size=16))
   result = evaluator.full(params)
