@@ -14,6 +14,7 @@ from train_lib import disk
 # Seconds in which two processes that take over the same stale file have both
 # written their names.
 SETTLE = 0.5
+NAMED = 1.0  # Seconds that a name is waited for.
 
 
 class Taken(ValueError):
@@ -99,7 +100,10 @@ class Lock:
         raise self._taken(self._held) from None
 
   def _taken(self, path):
-    holder = _read(path)
+    until = time.monotonic() + NAMED
+    # Who has just taken it may not have written its name yet.
+    while not (holder := _read(path)) and time.monotonic() < until:
+      time.sleep(0.01)
     who = 'another process'
     if holder:
       who = (f'process {holder["pid"]} on {holder["host"]} since '

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -89,3 +90,17 @@ def test_the_folder_is_missed(tmp_path, fate):
       (folder / 'lock').write_text('')
     with pytest.raises(OSError, match='deleted or replaced'):
       lock.check()
+
+
+def test_a_name_that_is_not_written_yet(tmp_path):
+  """Between taking the lock and writing who did, another one asks."""
+  with Lock(tmp_path):
+    file = tmp_path / 'lock'
+    name = file.read_bytes()
+    file.write_bytes(b'')
+    later = threading.Timer(0.1, file.write_bytes, [name])
+    later.start()
+    with pytest.raises(
+        lock_lib.Taken, match=f'in use by process {os.getpid()}'):
+      Lock(tmp_path).__enter__()
+    later.join()
