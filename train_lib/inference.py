@@ -38,6 +38,8 @@ def evaluate_run(config, workdir=None):
   Returns:
     A dict as of evaluate.Evaluator.full.
   """
+  config = config.copy_and_resolve_references()
+  config.stop_when = None  # Of the training, and of its columns.
   with _store(workdir or config.workdir, 'eval') as store:
     run = run_lib.open_run(
         config, workdir, tokenizer=_tokenizer(store), read_only=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train_lib import runs
-from train_lib import goal, record, results, tasks, trainer
+from train_lib import goal, inference, record, results, tasks, trainer
 from train_lib.tasks import dataset
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -81,3 +81,13 @@ def test_another_goal_is_not_reached_yet(config, tmp_path):
   trainer.train(config, tmp_path / 'run')
   assert record.read(tmp_path / 'run') | dict(
       finished=4, stopped_when=None) == record.read(tmp_path / 'run')
+
+
+def test_an_evaluation_has_no_goal(config, tmp_path):
+  """It may have other columns than the training had."""
+  config.update(max_iters=2, eval_interval=2, eval_slices=('repeats(n=1)',),
+                stop_when='loss[repeats=1] < 0')
+  trainer.train(config, tmp_path / 'run')
+  config.eval_slices = ('position',)
+  found = inference.evaluate_run(config, tmp_path / 'run')
+  assert 'val_loss_full[position=1-16]' in found
