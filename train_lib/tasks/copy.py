@@ -19,10 +19,6 @@ class Task(task.Task):
   vocab: int = option(16, 'tokens, the mark included', at_least=3)
 
   @property
-  def vocab_size(self):
-    return self.vocab
-
-  @property
   def context(self):
     return 2 * self.length
 

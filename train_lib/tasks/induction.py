@@ -16,18 +16,6 @@ class Task(task.Task):
   vocab: int = option(16, 'tokens, the special one included', at_least=3)
 
   @property
-  def vocab_size(self):
-    return self.vocab
-
-  @property
-  def context(self):
-    return self.length
-
-  @property
-  def labels(self):
-    return 1
-
-  @property
   def chance(self):
     return 1 / (self.vocab - 1)
 

@@ -29,14 +29,6 @@ class Task(task.Task):
     return len(SYMBOLS)
 
   @property
-  def context(self):
-    return self.length
-
-  @property
-  def labels(self):
-    return 1
-
-  @property
   def chance(self):
     return 1 / MODULUS
 

@@ -32,14 +32,6 @@ class Task(task.Task):
               f'{self.pairs} keys that differ')
 
   @property
-  def vocab_size(self):
-    return self.vocab
-
-  @property
-  def context(self):
-    return self.length
-
-  @property
   def labels(self):
     return self.pairs
 

@@ -39,10 +39,6 @@ class Task(task.Task):
     return 256
 
   @property
-  def context(self):
-    return self.length
-
-  @property
   def labels(self):
     return self.digits
 

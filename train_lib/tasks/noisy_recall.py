@@ -26,10 +26,6 @@ class Task(task.Task):
     return self.vocab + self.noise_vocab
 
   @property
-  def context(self):
-    return self.length
-
-  @property
   def labels(self):
     return self.length // 2
 

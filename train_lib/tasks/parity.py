@@ -24,14 +24,6 @@ class Task(task.Task):
     return 2
 
   @property
-  def context(self):
-    return self.length
-
-  @property
-  def labels(self):
-    return 1
-
-  @property
   def chance(self):
     return 1 / 2
 

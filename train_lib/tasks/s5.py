@@ -35,10 +35,6 @@ class Task(task.Task):
     return len(PERMUTATIONS)
 
   @property
-  def context(self):
-    return self.length
-
-  @property
   def labels(self):
     return self.length
 

@@ -26,10 +26,6 @@ class Task(task.Task):
     task.fits('length', self.length, self.copies, 'copies')
 
   @property
-  def vocab_size(self):
-    return self.vocab
-
-  @property
   def context(self):
     return self.length + self.copies
 

@@ -21,18 +21,18 @@ class Task(Flags):
 
   @property
   def vocab_size(self):
-    """Token ids, of inputs and labels."""
-    raise NotImplementedError
+    """Token ids, of inputs and labels; by default the option vocab."""
+    return self.vocab
 
   @property
   def context(self):
-    """T, the tokens of the longest row."""
-    raise NotImplementedError
+    """T, the tokens of the longest row; by default the option length."""
+    return self.length
 
   @property
   def labels(self):
     """P, the labels of a row at most."""
-    raise NotImplementedError
+    return 1
 
   @property
   def chance(self):
