@@ -124,6 +124,32 @@ def split_list(text):
   return tuple(filter(None, entries))
 
 
+def read_pairs(text, fields, *, unknown, where):
+  """{name: value} of a text such as 'pairs=8, length=64'.
+
+  Args:
+    text: as above; a name alone is what its field means bare.
+    fields: {name: field} of those that there are.
+    unknown: how the error for another name begins.
+    where: how the error for a bad value begins.
+
+  Raises:
+    ValueError: one line on the first that does not fit.
+  """
+  found = {}
+  for pair in split_list(text):
+    name, equals, value = pair.partition('=')
+    if name not in fields:
+      raise ValueError(f'{unknown} {name!r}{nearest(name, fields)} known: '
+                       f'{", ".join(fields) or "none"}')
+    try:
+      found[name] = convert(fields[name], value if equals else None)
+      check(fields[name], found[name])
+    except ValueError as error:
+      raise ValueError(f'{where}: {error}') from None
+  return found
+
+
 def text(field):
   """The help of a flag, with its choices."""
   choices = field.metadata['choices']

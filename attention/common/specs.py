@@ -9,13 +9,7 @@ parentheses where it has any, and repeated by a number in front:
 import dataclasses
 import re
 
-from attention.common.options import (
-    check,
-    convert,
-    nearest,
-    option,
-    split_list,
-)
+from attention.common.options import option, read_pairs
 
 MOST = 10_000  # As n_layer.
 _ENTRY = re.compile(r'(?:(\d+)\*)?(\w+)(?:\((.*)\))?', re.DOTALL)
@@ -82,18 +76,9 @@ def parse(entry, get):
   count, name, text = found.groups()
   fields = {f.name: f for group in (Shape, get(name).Options)
             for f in dataclasses.fields(group)}
-  own = {}
-  for pair in split_list(text or ''):
-    flag, equals, value = pair.partition('=')
-    if flag not in fields:
-      raise ValueError(
-          f'attention_list: {name} has no flag {flag!r}{nearest(flag, fields)} '
-          f'known: {", ".join(fields)}')
-    try:
-      own[flag] = convert(fields[flag], value if equals else None)
-      check(fields[flag], own[flag])
-    except ValueError as error:
-      raise ValueError(f'attention_list: {entry}: {error}') from None
+  own = read_pairs(
+      text or '', fields, unknown=f'attention_list: {name} has no flag',
+      where=f'attention_list: {entry}')
   if not 1 <= int(count or 1) <= MOST:
     raise ValueError(f'attention_list: {entry}: repeat it at least once, and '
                      f'at most {MOST} times')

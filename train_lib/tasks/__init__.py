@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 import re
 
-from attention.common.options import check, convert, nearest, split_list
+from attention.common.options import nearest, read_pairs
 
 PREFIX = 'task:'
 _INNER = {'dataset', 'randomness', 'task'}
@@ -61,18 +61,8 @@ def slices(task, entries):
 def with_options(task, text, *, flag):
   """A task, or a slice, with the options of a text: 'pairs=8, length=64'."""
   fields = {field.name: field for field in dataclasses.fields(task)}
-  values = {}
-  for pair in split_list(text):
-    name, equals, value = pair.partition('=')
-    if name not in fields:
-      raise ValueError(f'--{flag}: there is no option {name!r}'
-                       f'{nearest(name, fields)} known: '
-                       f'{", ".join(fields) or "none"}')
-    try:
-      values[name] = convert(fields[name], value if equals else None)
-      check(fields[name], values[name])
-    except ValueError as error:
-      raise ValueError(f'--{flag}: {error}') from None
+  values = read_pairs(
+      text, fields, unknown=f'--{flag}: there is no option', where=f'--{flag}')
   try:
     return dataclasses.replace(task, **values)
   except ValueError as error:
