@@ -110,7 +110,9 @@ def compiled(step, seconds):
 
 
 def finish(run, state, *, evaluator, log):
-  """Evaluates the whole validation split, samples, prints both.
+  """Evaluates the whole validation split, shows what the model does with it.
+
+  Of a text the losses and a sample, of a task the accuracies and examples.
 
   Args:
     run: the Run.
@@ -118,13 +120,25 @@ def finish(run, state, *, evaluator, log):
     evaluator: the run's evaluate.Evaluator.
     log: the metrics.Logger.
   """
-  if isinstance(run.dataset, task_data.Dataset):
-    task_report.finish(run, state, evaluator=evaluator, log=log)
-    return
-  config, rows = run.config, []
-  if config.eval_final:
-    final = evaluator.full(state.params)
+  final = evaluator.full(state.params) if run.config.eval_final else {}
+  if final:
     log.write(int(state.step), final)
+  if isinstance(run.dataset, task_data.Dataset):
+    rows = task_report.accuracies(run.dataset, final) if final else []
+    show = task_report.examples
+  else:
+    rows, show = _losses(run, final, evaluator, log), _sample
+  rows.append(('run', str(run.workdir)))
+  log.close_bar()
+  log.say('\n' + metrics.table(rows))
+  if jax.process_count() == 1:
+    log.say('\n' + show(run, state))
+
+
+def _losses(run, final, evaluator, log):
+  """Rows of a text's losses, for a table."""
+  config, rows = run.config, []
+  if final:
     rows.append(('validation loss', f'{final["val_loss_full"]:.4f} nats a '
                  f'token, over all {final["val_tokens"]:,} tokens'))
     if 'bits_per_byte' in final:
@@ -152,11 +166,7 @@ def finish(run, state, *, evaluator, log):
   speed = [r['tokens_per_s'] for r in log.history if 'tokens_per_s' in r]
   if speed:
     rows.append(('speed', f'{np.median(speed):,.0f} tokens/s'))
-  rows.append(('run', str(run.workdir)))
-  log.close_bar()
-  log.say('\n' + metrics.table(rows))
-  if jax.process_count() == 1:
-    log.say('\n' + _sample(run, state))
+  return rows
 
 
 def _sample(run, state):

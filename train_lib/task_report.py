@@ -18,27 +18,6 @@ def header(dataset):
           f'{task.chance:.4f}, solved from {task.solved}')
 
 
-def finish(run, state, *, evaluator, log):
-  """Evaluates the task and its slices, prints accuracies and examples.
-
-  Args:
-    run: the Run.
-    state: the TrainState that it ends with.
-    evaluator: the run's evaluate.Evaluator.
-    log: the metrics.Logger.
-  """
-  rows = []
-  if run.config.eval_final:
-    final = evaluator.full(state.params)
-    log.write(int(state.step), final)
-    rows = accuracies(run.dataset, final)
-  rows.append(('run', str(run.workdir)))
-  log.close_bar()
-  log.say('\n' + metrics.table(rows))
-  if jax.process_count() == 1:
-    log.say('\n' + _examples(run, state))
-
-
 def accuracies(dataset, final):
   """Rows of the accuracies of an evaluation, for a table.
 
@@ -59,7 +38,7 @@ def accuracies(dataset, final):
   return rows
 
 
-def _examples(run, state):
+def examples(run, state):
   """Validation rows: their input, what is wanted, and what the model says."""
   task = run.dataset.task
   batch = run.dataset.eval_batch(
