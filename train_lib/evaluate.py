@@ -18,11 +18,15 @@ QUEUED = 8  # batches on their way to the devices
 def names(dataset, config):
   """Of the columns that `Evaluator.columns` gives for a dataset."""
   if not isinstance(dataset, task_data.Dataset):
-    labels = TextSlices(config.eval_slices, config.block_size).labels
-    return ['val_loss', *(f'val_loss[{label}]' for label in labels)]
-  marks = ['', *(f'[{entry}]' for entry in dataset.slices)]
-  return [f'{name}{mark}' for mark in marks
+    slices = TextSlices(config.eval_slices, config.block_size)
+    return [f'val_loss{mark}' for mark in _marks(slices.labels)]
+  return [f'{name}{mark}' for mark in _marks(dataset.slices)
           for name in ('val_loss', 'val_accuracy')]
+
+
+def _marks(slices):
+  """What the columns of the whole, and of each slice, end with."""
+  return ['', *(f'[{name}]' for name in slices)]
 
 
 class Evaluator:
@@ -67,14 +71,15 @@ class Evaluator:
   def _losses(self, name, found):
     """{column: mean} of the whole and of every slice of text."""
     means, _, numbers = found
-    marks = ['', *(f'[{label}]' for label in self.slices.labels)]
     return {f'{name}{mark}': mean for mark, mean, number in zip(
-        marks, means, numbers, strict=True) if number or not mark}
+        _marks(self.slices.labels), means, numbers, strict=True)
+            if number or not mark}
 
   def _parts(self):
     """(what its columns end with, Dataset) of the task and its slices."""
-    return [('', self.dataset), *((f'[{entry}]', self.dataset.slice(entry))
-                                  for entry in self.dataset.slices)]
+    slices = self.dataset.slices
+    return list(zip(_marks(slices), [
+        self.dataset, *map(self.dataset.slice, slices)], strict=True))
 
   def full(self, params):
     """The loss over every token of the validation split.
