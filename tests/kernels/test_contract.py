@@ -144,7 +144,9 @@ def isolated(kind, implementation, garbage, first, last, *, id=None):
     *(isolated(Delta, 'xla', garbage, first, last, id=id)
       for garbage in ('finite', 'huge', 'inf', 'nan')
       for first, last, id in (
+          # Ends at every place of the small blocks of four.
           (25, 50, 'everything'), (75, 96, 'everything by channel'),
+          (25, 51, 'everything by channel'), (30, 49, 'everything'),
           (3, 17, 'rule packed'), (25, 50, 'channels packed'))),
     isolated(Chunked, 'xla', 'finite', 25, 50, id='shared and everything'),
     isolated(Chunked, 'tpu', 'nan', 25, 50, id='shared and everything'),
