@@ -174,4 +174,8 @@ def parse(argv, *, others=(), config=None):
     default.check(config)
   except ValueError as error:
     raise FlagError(str(error)) from None
+  for name in default.Sweep.__dataclass_fields__:
+    if config.mode != 'sweep' and (
+        values.get(name, fields[name].default) != fields[name].default):
+      raise FlagError(f'--{name} has no effect: it is of --mode=sweep')
   return config, set(values), rest

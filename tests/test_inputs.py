@@ -87,6 +87,8 @@ COMMANDS = {
     '--mesh_data=0': 'sizes are positive',
     '--mode=eval': '--mode=eval needs --workdir',
     '--mode=sweep': '--mode=sweep needs --sweep',
+    '--dry_run': '--dry_run has no effect: it is of --mode=sweep',
+    '--mode=report --sweep_workers=2': '--sweep_workers has no effect',
     '--mode=sweep --sweep={tmp}/nowhere.py': 'no such .py file',
     '--mode=report': '--mode=report needs --workdir',
     '--mode=report --workdir={tmp}': 'has no runs',
