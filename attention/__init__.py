@@ -129,11 +129,11 @@ def check(config):
     own = dict(layer.flags)
     options = layer.options(get(layer.variant), config)
     for flag, field in flags(layer.variant).items():
-      needs = field.metadata['needs']
-      works = not needs or any(_holds(options, need) for need in needs)
+      works = _works(flag, options)
       if not works and own.get(flag, field.default) != field.default:
-        raise ValueError(f'attention_list: {layer}: '
-                         + _no_effect(flag, own[flag], needs))
+        raise ValueError(
+            f'attention_list: {layer}: '
+            + _no_effect(flag, own[flag], field.metadata['needs']))
       effects[flag].append(works)
   every = {flag: field for name in names() for flag, field in flags(
       name).items()}
@@ -150,11 +150,18 @@ def check(config):
   mixes_values(config)
 
 
-def _holds(options, need):
-  """Whether a flag is set, or, of 'flag=value', is that."""
+def _works(flag, options):
+  """Whether a flag has an effect: one that it needs is set and has one too."""
+  needs = options.__dataclass_fields__[flag].metadata['needs']
+  return not needs or any(_holds(need, options) for need in needs)
+
+
+def _holds(need, options):
+  """Whether a flag is set, or, of 'flag=value', is that; and has an effect."""
   flag, equals, value = need.partition('=')
   is_set = getattr(options, flag)
-  return specs.value_text(is_set) == value if equals else bool(is_set)
+  return _works(flag, options) and (
+      specs.value_text(is_set) == value if equals else bool(is_set))
 
 
 def _no_effect(flag, value, needs):

@@ -109,12 +109,15 @@ class Weights(flags.ScoreBias, flags.Lobo, flags.Flash):
       False, 'scores are at most strongermax_clamp_value')
   strongermax_clamp_value: float = option(
       88.0, 'largest score', needs=('strongermax_clamping',))
-  strongermax_obo: float = _strongermax(
-      0.0, 'added to the sum of weights', at_least=0)
-  strongermax_use_learned_obo: bool = _strongermax(
-      False, 'strongermax_obo is learned, one a layer')
-  strongermax_use_learned_obo_per_head: bool = _strongermax(
-      False, 'strongermax_obo is learned, one a head')
+  strongermax_obo: float = option(
+      0.0, 'added to the sum of weights', at_least=0,
+      needs=('strongermax_div_by_sum_of_terms',))
+  strongermax_use_learned_obo: bool = option(
+      False, 'strongermax_obo is learned, one a layer',
+      needs=('strongermax_div_by_sum_of_terms',))
+  strongermax_use_learned_obo_per_head: bool = option(
+      False, 'strongermax_obo is learned, one a head',
+      needs=('strongermax_div_by_sum_of_terms',))
   strongermax_temperature_factor: float = _strongermax(
       1.0, 'divides the scores', above=0)
   strongermax_use_learned_temperature_factor: bool = _strongermax(
@@ -133,8 +136,9 @@ class Weights(flags.ScoreBias, flags.Lobo, flags.Flash):
   pfla_softmax_gamma_init: float = option(
       1.0, 'gamma at first', above=0,
       needs=('pfla_softmax_use_learned_divisor',))
-  pfla_softmax_use_obo: bool = _pfla(
-      False, 'e^pfla_softmax_obo is added to the sum')
+  pfla_softmax_use_obo: bool = option(
+      False, 'e^pfla_softmax_obo is added to the sum',
+      needs=('pfla_softmax_use_learned_divisor=false',))
   pfla_softmax_use_learned_obo: bool = option(
       False, 'pfla_softmax_obo is learned', needs=('pfla_softmax_use_obo',))
   pfla_softmax_obo: float = option(

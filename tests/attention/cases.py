@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import attention
-from attention.common.weights import VARIANTS, Weights
+from attention.common.weights import VARIANTS
 from configs import default
 from model.sharding import Context
 
@@ -97,7 +97,7 @@ SETTINGS = {
     'attn_logit_softcapping': [dict(attn_logit_softcapping=0.7)],
     'attn_xsa': [dict(attn_xsa=True)],
     'attn_gate': [dict(attn_gate='element'), dict(attn_gate='head')],
-    'window_size': [dict(window_size=4), dict(window_size=1)],
+    'window_size': [dict(window_size=4), dict(window_size=2)],
     'use_alibi': [dict(use_alibi=True)],
     'use_forget_gate': [dict(use_forget_gate=True)],
     'forget_gate_bias_init': [
@@ -173,12 +173,11 @@ NEEDS = {
     ('co4', 'disable_flash_attention'): dict(co4_mode='exact'),
 }
 
-# Not part of the row of all flags together, as they exclude others of it, or
+# Not part of the first row of many flags, as they exclude others of it, or
 # leave nothing of a first token.
 ALONE = ('attention_kernel', 'use_flash_obo_const', 'use_concat_heads',
-         'softmax_variant_attn', 'consmax_v2_clamp_value',
-         'strongermax_clamp_value', 'pfla_softmax_gamma_init',
-         'pfla_softmax_use_learned_obo', 'pfla_softmax_obo', 'attn_xsa')
+         'attn_xsa', 'softmax_variant_attn',
+         *(flag for rows in WEIGHTS.values() for flag, *_ in rows))
 
 MODEL = dict(n_embd=32, n_head=4, n_layer=2, block_size=16, vocab_size=32,
              init_std=0.1)
@@ -186,16 +185,20 @@ MODEL = dict(n_embd=32, n_head=4, n_layer=2, block_size=16, vocab_size=32,
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A variant with some flags; `flag` is the one it is about, if any."""
+  """A variant with some flags.
+
+  `flag` is the one it is about, if any; else `number` tells it from others.
+  """
   variant: str
   flag: str = ''
   flags: tuple = ()
   needs: tuple = ()
+  number: int = 1
 
   def __str__(self):
     shown = [f'{k}={v}' for k, v in self.flags]
-    return '-'.join([self.variant, *(shown if self.flag else ['all'] if shown
-                                     else [])])
+    many = [f'many{self.number}'] if shown else []
+    return '-'.join([self.variant, *(shown if self.flag else many)])
 
   def base(self):
     """The same case without the flag that it is about."""
@@ -222,25 +225,53 @@ def single(variant):
 
 
 def main(variant):
-  """The defaults, and all flags at once."""
+  """The defaults, and most flags at once."""
   together = {}
   for flag in attention.flags(variant):
-    needs = attention.flags(variant)[flag].metadata['needs']
-    if flag not in ALONE and not any('=' in need for need in needs):
+    if flag not in ALONE:
       for flags, needs in settings(variant, flag)[:1]:
         together |= {**needs, **flags}
   rows = [Case(variant)]
   return rows + [Case(variant, '', tuple(together.items()))] * bool(together)
 
 
+def together(variant, flags):
+  """Whether flags can be set at once."""
+  try:
+    attention.check(config(attention_variant=variant, **flags))
+  except ValueError:
+    return False
+  return True
+
+
+def rest(variant):
+  """Rows of flags until every value of main's and of `single` is in one.
+
+  A row takes, in order, all that goes together with what it has.
+  """
+  covered = [dict(case.flags) for case in main(variant)]
+  left = [dict(case.flags) for case in single(variant)]
+  left = [flags for flags in left
+          if not any(flags.items() <= row.items() for row in covered)]
+  rows = []
+  while left:
+    row, later = {}, []
+    for flags in left:
+      same = all(row.get(flag, value) == value for flag, value in flags.items())
+      if same and together(variant, row | flags):
+        row |= flags
+      else:
+        later.append(flags)
+    assert len(later) < len(left), f'{variant} cannot be: {later[0]}'
+    rows.append(Case(variant, '', tuple(row.items()), number=len(rows) + 2))
+    left = later
+  return rows
+
+
 def shared(case):
-  """Whether the flag is one of a module that another variant has too."""
-  return (case.variant == 'infinite'
-          and case.flag in {f.name for f in dataclasses.fields(Weights)})
-
-
-MAIN = [case for name in attention.names() for case in main(name)]
-SINGLE = [case for name in attention.names() for case in single(name)]
+  """Whether the flags are those of a module that another variant has too."""
+  return case.variant == 'infinite' and 'softmax_variant_attn' in dict(
+      case.flags)
 
 
 def config(**flags):
@@ -294,3 +325,8 @@ def close(got, want, tolerance=2e-5):
   assert got.shape == want.shape
   worst = np.abs(got - want).max() / max(np.abs(want).max(), 1e-6)
   assert worst <= tolerance, f'error {worst:.2g} > {tolerance}'
+
+
+MAIN = [case for name in attention.names() for case in main(name)]
+REST = [case for name in attention.names() for case in rest(name)]
+SINGLE = [case for name in attention.names() for case in single(name)]
