@@ -1,6 +1,7 @@
 """A report as a page of HTML that needs nothing else, and as Markdown."""
 
 import html
+import re
 
 from train_lib import plots, tables
 
@@ -98,25 +99,23 @@ def _figures(content):
       for title, caption, svg in content) + '</div>'
 
 
-_DASHES = {'-': '', '--': '6 3', ':': '2 2', '-.': '6 2 2 2'}
-
-
 def _key(comparison):
   return '<ul class="key">' + ''.join(
       f'<li><svg viewBox="0 0 32 8"><path d="M0 4H32" stroke="{colour}" '
-      f'stroke-width="3" stroke-dasharray="{_DASHES[style]}"/></svg>'
+      f'stroke-width="3" stroke-dasharray="{plots.DASHES[style]}"/></svg>'
       f'{html.escape(label)}</li>'
       for label, colour, style in plots.legend(comparison)) + '</ul>'
 
 
 def as_markdown(title, comparison, parts):
-  """The same without its plots, as text."""
+  """The same as text, its plots the files of `pictures`."""
   lines = [f'# {title}', '', tables.summary(comparison)]
   for heading, kind, content in parts:
-    if kind == 'plots':
-      continue
     lines += ['', f'## {heading}', '']
-    if kind == 'code':
+    if kind == 'plots':
+      lines += [f'![{title}]({_file(title)})\n\n{caption}\n'
+                for title, caption, _ in content]
+    elif kind == 'code':
       lines += ['```sh', *content, '```']
     elif kind == 'list':
       lines += [f'- {line}' for line in content]
@@ -130,3 +129,14 @@ def as_markdown(title, comparison, parts):
 
 def _cells(row):
   return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |'
+
+
+def pictures(comparison, parts):
+  """{file: SVG} of the plots, each with its key."""
+  return {_file(title): plots.standalone(svg, comparison)
+          for _, kind, content in parts if kind == 'plots'
+          for title, _, svg in content}
+
+
+def _file(title):
+  return re.sub(r'\W+', '-', title) + '.svg'

@@ -1,16 +1,19 @@
 """Plots of a comparison as SVG that takes the colours of its page."""
 
 import collections
+import dataclasses
+import html
 import io
 import re
 import statistics
 
-from train_lib import metrics, results
+from train_lib import metrics, results, tasks
 
 # Okabe and Ito's colours, told apart by the colour-blind, on light and dark.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9',
            '#8c6d31', '#7b61b8')
-STYLES = ('-', '--', ':', '-.')
+DASHES = {'-': '', '--': '6 3', ':': '2 2', '-.': '6 2 2 2'}
+STYLES = tuple(DASHES)
 # Stands for the page's own colour of text until the plot is text itself.
 INK = '#010203'
 SIZE = 4.6, 3.2  # Inches, of which a page makes what it has room for.
@@ -46,6 +49,7 @@ def plots(comparison):
     if svg:
       found.append((f'{column} over {x}', 'Thick: the mean over the seeds at '
                     'the best learning rate; thin: each seed.', svg))
+  found[:0] = _slices(comparison)
   svg = _curves(comparison, 'loss', 'steps', lambda run, row: row['step'])
   if svg:
     found.append(('training loss over steps', 'As above.', svg))
@@ -95,6 +99,57 @@ def _curves(comparison, column, x, of):
       axes.plot(*zip(*whole), style, color=colour, linewidth=1.8,
                 marker='o' if len(whole) == 1 else None)
   return _svg(figure, f'{column} over {x}') if axes.lines else None
+
+
+def _slices(comparison):
+  """[(title, what it shows, SVG)] of the score over what slices change."""
+  axis = _axis(comparison.variants[0].best.runs[0])
+  if axis is None:
+    return []
+  option, parts = axis
+  figure, axes = _figure(option, comparison.metric)
+  axes.set_xscale('log', base=2)
+  axes.set_xticks(ticks := sorted(value for value, _ in parts.values()),
+                  [_tick(at) for at in ticks], minor=False)
+  axes.minorticks_off()
+  for variant, (_, colour, style) in zip(
+      comparison.variants, legend(comparison)):
+    points = []
+    for mark, (value, _) in parts.items():
+      scores = [run.last[comparison.metric + mark] for run in variant.best.runs
+                if comparison.metric + mark in run.last]
+      if scores:
+        points.append((value, statistics.fmean(scores), (
+            statistics.stdev(scores) if len(scores) > 1 else 0.0)))
+    if points:
+      axes.errorbar(*zip(*sorted(points)), color=colour, linestyle=style,
+                    capsize=2, marker='.')
+  if results.higher_is_better(comparison.metric):
+    axes.plot(*zip(*sorted(parts.values())), ':', color=INK, alpha=0.6)
+  trained, _ = parts['']
+  return [(f'{comparison.metric} against {option}', f'Trained at {trained}; '
+           'dotted: chance; bars: standard deviation over the seeds.',
+           _svg(figure, f'{comparison.metric} against {option}'))]
+
+
+def _axis(run):
+  """(option, {what a column ends with: (its value, chance)}), or None.
+
+  Of the option of a task by whose values its slices are told apart.
+  """
+  entries = run.config.get('eval_slices')
+  if not entries or not tasks.named(run.config['dataset']):
+    return None
+  task = tasks.parse(run.config['dataset'])
+  parts = {'': task} | {f'[{entry}]': part for entry, part in tasks.slices(
+      task, entries).items()}
+  for field in dataclasses.fields(task):
+    values = [getattr(part, field.name) for part in parts.values()]
+    if len(set(values)) == len(values) and all(
+        type(value) in (int, float) and value > 0 for value in values):
+      return field.name, {mark: (value, part.chance) for value, (
+          mark, part) in zip(values, parts.items(), strict=True)}
+  return None
 
 
 def _state(comparison):
@@ -172,3 +227,27 @@ def _svg(figure, title):
       f'<svg role="img" aria-label="{title}" viewBox="0 0 {width} {height}" '
       'xmlns="http://www.w3.org/2000/svg" '
       'xmlns:xlink="http://www.w3.org/1999/xlink">'), svg, count=1)
+
+
+ROW = 13  # Points from one line of a key to the next.
+
+
+def standalone(svg, comparison):
+  """A plot as a file: with its key below, and colours for light and dark."""
+  width, height = (float(n) for n in re.search(
+      r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+  key = []
+  for i, (label, colour, style) in enumerate(legend(comparison)):
+    x, y = i % 2 * width / 2 + 8, height + ROW * (i // 2 + 0.5)
+    key.append(
+        f'<path d="M{x} {y}h20" stroke="{colour}" stroke-width="2" '
+        f'stroke-dasharray="{DASHES[style]}"/><text x="{x + 25}" y="{y + 3}">'
+        f'{html.escape(label)}</text>')
+  below = height + ROW * -(-len(key) // 2) + 4
+  style = ('<style>svg{color:#1a1a1a;font:9px sans-serif}text{fill:'
+           'currentColor}@media(prefers-color-scheme:dark){svg{color:#e6e6e6}}'
+           '</style>')
+  svg = svg.replace(f'viewBox="0 0 {width} {height}"',
+                    f'viewBox="0 0 {width} {below}"')
+  return svg.replace('>', f'>{style}', 1).replace(
+      '</svg>', f'{"".join(key)}</svg>')

@@ -10,7 +10,7 @@ from train_lib import disk, page, plots, results, run, tables
 
 
 def report(config):
-  """Writes report/index.html, report.md and results.csv in --workdir.
+  """Writes report/: index.html, report.md, its plots, results.csv.
 
   Args:
     config: its workdir is a folder of runs, of sweeps, or one run.
@@ -38,6 +38,7 @@ def report(config):
   for name, text in (
       ('index.html', page.as_html(root.name, compared, parts)),
       ('report.md', page.as_markdown(root.name, compared, parts)),
+      *page.pictures(compared, parts).items(),
       ('results.csv', _csv(compared))):
     disk.write_whole(folder / name, text.encode())
   print(f'{tables.summary(compared)}\n\n{folder / "index.html"}, report.md, '

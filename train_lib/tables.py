@@ -86,7 +86,7 @@ def pairs(comparison):
 def _p(value):
   if value is None:
     return NONE
-  return '< 0.001' if value < 0.001 else f'{value:.3f}'
+  return '<\u00a00.001' if value < 0.001 else f'{value:.3f}'
 
 
 def rates(comparison):

@@ -122,6 +122,35 @@ def test_slices_have_columns(tmp_path):
       tmp_path / 'report/report.md').read_text()
 
 
+def test_slices_of_a_task_are_a_plot(tmp_path):
+  """Over the option that tells them apart, with what training had."""
+  for seed, score in enumerate((0.9, 0.8)):
+    folders.write(
+        tmp_path / str(seed), score, metric='val_accuracy_full', seed=seed,
+        dataset='task:parity(length=30)',
+        eval_slices=['(shortest=40, length=60)', 'length=120'],
+        more={'val_accuracy_full[(shortest=40, length=60)]': 0.7,
+              'val_accuracy_full[length=120]': 0.5})
+  report(tmp_path)
+  page = (tmp_path / 'report/index.html').read_text()
+  assert 'val_accuracy_full against length.</b> Trained at 30;' in page
+  plot = (tmp_path / 'report/val_accuracy_full-against-length.svg').read_text()
+  assert all(f'>{length}<' in plot for length in (30, 60, 120))
+
+
+def test_plots_are_files_with_their_key_too(folder):
+  text = (folder / 'report.md').read_text()
+  named = re.findall(r'!\[.*?\]\((.*?)\)', text)
+  assert len(named) == 7
+  for name in named:
+    plot = (folder / name).read_text()
+    parser = Balanced()
+    parser.feed(plot)
+    assert parser.open == []
+    assert all(f'>{variant}</text>' in plot for variant in SCORES)
+    assert 'prefers-color-scheme' in plot
+
+
 def test_one_run_alone(workdir, trained):
   found = report(workdir)
   assert found.runs[0].state == 'finished'
