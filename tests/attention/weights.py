@@ -119,8 +119,13 @@ def _pfla(options, s, learned):
           -low, high)}[options.pfla_softmax_density])
   y = learned.get('y')
   if y is None:
-    curve = {'gelu': x * (1 + np.tanh((2 / np.pi) ** 0.5 * (
-        x + 0.044715 * x ** 3))) / 2}[options.pfla_softmax_init_activation]
+    curve = {
+        'gelu': x * (1 + np.tanh((2 / np.pi) ** 0.5 * (
+            x + 0.044715 * x ** 3))) / 2,
+        'relu': np.maximum(x, 0), 'squared_relu': np.maximum(x, 0) ** 2,
+        'silu': x / (1 + np.exp(-x)), 'softplus': np.log1p(np.exp(x)),
+        'sigmoid': 1 / (1 + np.exp(-x)),
+    }[options.pfla_softmax_init_activation]
     y = np.sqrt(np.maximum(curve, 1e-6))
   if options.pfla_softmax_mode == 'quadratic':
     w = np.maximum(s, 0) * np.interp(s, x, y) ** 2
