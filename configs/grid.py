@@ -200,6 +200,8 @@ def same(config, saved):
   """
   resolved = {'vocab_size', 'mesh_data', 'mesh_fsdp', 'mesh_tensor',
               *OWN, *default.Sampling.__dataclass_fields__}
+  if config.dataset.startswith('task:'):
+    resolved.add('block_size')  # It is the rows'.
   now = json.loads(json.dumps(config.to_dict()))
   if config.attention_list:
     now['attention_list'] = [str(layer) for layer in attention.listed(config)]

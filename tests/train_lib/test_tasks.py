@@ -1,11 +1,13 @@
 """A task from its flags to its accuracy."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
+from configs import default, grid
 from tests.train_lib import runs
 from train_lib import evaluate, inference, loss, trainer
 from train_lib import run as run_lib
@@ -41,6 +43,18 @@ def test_loss_and_accuracy_are_of_the_labels_alone(tmp_path):
   np.testing.assert_allclose(
       [columns['val_loss'], columns['val_accuracy']],
       np.mean(found, axis=0), rtol=1e-5)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_sweep_knows_its_runs_of_a_task_again(tmp_path):
+  """Though their block_size has become the length of the rows."""
+  config = small('parity(length=9)', eval_slices=('length=14',))
+  run = run_lib.open_run(
+      config.copy_and_resolve_references(), tmp_path / 'run')
+  saved = json.loads(json.dumps(run.config.to_dict()))
+  assert saved['block_size'] == 9 != config.block_size
+  assert grid.same(config, saved) == []
+  assert grid.same(config, {**saved, 'n_embd': 64}) == ['n_embd']
 
 
 def test_no_logits_but_at_labels():
