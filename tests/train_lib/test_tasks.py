@@ -9,7 +9,7 @@ import pytest
 
 from configs import default, grid
 from tests.train_lib import runs
-from train_lib import evaluate, inference, loss, trainer
+from train_lib import evaluate, inference, loss, tasks, trainer
 from train_lib import run as run_lib
 
 
@@ -114,11 +114,29 @@ def test_another_block_size_is_told(tmp_path):
 
 
 # What must solve a task, and soon: (task, flags).
+ROTARY = dict(use_rotary_embeddings=True)
 ORACLES = {
+    'copy': ('copy(length=6, vocab=8)', dict(use_abs_pos_embeddings=True)),
     'induction': ('induction(length=16)', dict(attention_variant='ssm')),
+    'modular': ('modular(length=4)', dict(
+        use_abs_pos_embeddings=True, batch_size=64, max_iters=300)),
+    'mqar': ('mqar(length=32, pairs=4, vocab=32)', dict(
+        **ROTARY, batch_size=64, max_iters=400)),
+    'needle': ('needle(length=72, digits=1)', dict(**ROTARY, max_iters=1000)),
+    'noisy_recall': ('noisy_recall(length=32, vocab=8, noise_vocab=4)', dict(
+        attention_variant='deltanet', max_iters=300)),
+    'parity': ('parity(length=20)', dict(
+        attention_variant='deltanet', delta_beta_max=2.0, n_layer=1, n_embd=32,
+        n_head=2, batch_size=64, max_iters=600)),
+    # The products of two are 14,400 to learn by heart.
+    's5': ('s5(length=1)', {}),
     'selective_copy': ('selective_copy(length=8, copies=2, vocab=6)',
                        dict(attention_variant='ssm', max_iters=600)),
 }
+
+
+def test_every_task_has_an_oracle():
+  assert set(ORACLES) == set(tasks.names())
 
 
 @pytest.mark.slow
