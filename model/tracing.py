@@ -28,12 +28,12 @@ class Layer:
     after: [B,T,D], the residual stream that it leaves.
     internals: {name: array}, what it recorded (Context.record). Of every layer
       `mixer_input` and `mixer_output` [B,T,D]. What else there is depends on
-      the variant, and the leading letters are these:
+      the variant:
 
         attention    [B,N,T,S]  how much of the value of s is in head_output of
-                                t. Of softmaxes the map, rows and sink adding up
-                                to 1; of linear attention and the delta rule the
-                                same, of any sign.
+                                t: of softmaxes the map, whose rows and sink add
+                                up to 1; linear attention and delta rules have
+                                one too, of either sign.
         value        [B,S,K,V]  of every head.
         head_output  [B,T,N,V]  their sums, before gates, norms, projections.
         decay        [B,T,...]  factors in (0, 1] of what is kept of a state.
@@ -41,7 +41,7 @@ class Layer:
         beta         [B,T,N]    of the delta rule.
         gate         [B,T,...]  and `input_gate`: factors of outputs, of inputs.
 
-      What is recorded again has a number: attention_2 is differential's other
+      The second of a name has a number: attention_2 is differential's other
       map.
     block: the model.block.Block.
     ctx: its Context.
@@ -58,8 +58,8 @@ class Layer:
     """Sizes of d y_t / d x_s of the mixer, float32 [B,T,S].
 
     Frobenius norms, estimated as root mean squares of the gradients of r . y_t
-    for random directions r: exact zeros are zero, others have a relative error
-    of 1 / sqrt(2 probes) or, of matrices of some rank, less.
+    for random directions r: what is zero is exactly zero, the standard error
+    of all else is at most 1 / sqrt(2 probes) of it.
 
     Args:
       probes: the number of directions; time is T times as many gradients.
@@ -109,11 +109,16 @@ def _run(block, x, ctx):
   """(x after a layer, {name: what it recorded})."""
   tape = []
   x, _ = block(x, dataclasses.replace(ctx, tape=tape))
-  times, named = collections.Counter(), {}
+  return x, named(tape)
+
+
+def named(tape):
+  """{name: array} of a tape: the second of a name is name_2."""
+  times, found = collections.Counter(), {}
   for name, value in tape:
     times[name] += 1
-    named[name if times[name] == 1 else f'{name}_{times[name]}'] = value
-  return x, named
+    found[name if times[name] == 1 else f'{name}_{times[name]}'] = value
+  return found
 
 
 @functools.partial(jax.jit, static_argnames=('probes',))
