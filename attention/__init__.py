@@ -30,6 +30,9 @@ that it returns is not read. `length` is the number of tokens that a state must
 be able to hold. A token never sees a later one, nor a token of another
 document.
 
+What is to be seen of a variant it may `ctx.record`, which costs nothing but in
+Transformer.trace. What the ops of attention.common.ops record is there anyway.
+
 Adding a variant is adding a file: its name is its flag value, and its
 Options become command-line flags.
 """

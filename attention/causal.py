@@ -56,7 +56,7 @@ class Attention(nnx.Module):
       v = own * v + first * (
           v if ctx.first_values is None else ctx.first_values)
     y, state = self.softmax(q, k, v, ctx, state, x=x)
-    return self.out(self.gate(x, y)), state
+    return self.out(self.gate(x, y, ctx)), state
 
   def init_state(self, batch, length):
     return self.softmax.init_state(batch, length)

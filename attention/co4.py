@@ -79,6 +79,8 @@ class Attention(nnx.Module):
     else:
       y, stream = self._run(triadic.streaming, ctx, inputs,
                             outputs=('BTNV', triadic.STREAM))
+      if ctx.tape is not None:
+        self._record(ctx, inputs)
     return self.out(y.astype(x.dtype)), (stream, cache)
 
   def _run(self, fn, ctx, inputs, *, outputs):
@@ -88,13 +90,22 @@ class Attention(nnx.Module):
         functools.partial(fn, self.settings), inputs=letters, outputs=outputs,
     )(self.latent[...], self._sink(), *inputs)
 
+  def _record(self, ctx, inputs):
+    """Records the running softmax: attention whose keys are the scores."""
+    (s, v), _ = self._run(triadic.scored, ctx, inputs,
+                          outputs=(triadic.SCORED, triadic.MEANS))
+    k = s.reshape(*s.shape[:2], -1, 1)
+    ids = ctx.segment_ids
+    ops.flash_attention(
+        jnp.ones_like(k), k, jnp.repeat(v, s.shape[3], 2), ctx, scale=1.0,
+        segment_ids=None if ids is None else (ids, ids), sink=self._sinks(),
+        implementation='plain')
+
   def _attend(self, q, k, v, ctx, cache):
     """The latent queries of a head attend as a group of query heads."""
     (k, v), visible_to, cache = softmax.recall((k, v), ctx, cache, window=0)
     B, T, N, Q, H = q.shape
-    sink = self._sink()
-    if sink is not None:
-      sink = jnp.repeat(sink, Q)
+    sink = self._sinks()
     y = ops.flash_attention(
         q.reshape(B, T, N * Q, H), k, v, ctx, **visible_to, sink=sink,
         scale=H ** -0.5, softcap=self.settings.softcap,
@@ -103,6 +114,11 @@ class Attention(nnx.Module):
 
   def _sink(self):
     return softmax.sink_values(self.log_sink, self.options, self.shape[1])
+
+  def _sinks(self):
+    """That of every head, for all of its latent queries."""
+    sink = self._sink()
+    return None if sink is None else jnp.repeat(sink, self.shape[0])
 
   def _stream(self, batch):
     return triadic.empty_stream(

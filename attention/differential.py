@@ -74,6 +74,7 @@ class Attention(nnx.Module):
         softcap=options.softcap, implementation=options.implementation,
     ).astype(jnp.float32) for q, k in ((q, k), (other_q, other_k)))
     start = self._start(ctx)
+    ctx.record('lambda', lambda: self._learned() + start)
     y = (1 - start) * self.norm(y - (self._learned() + start) * other)
     return self.out(y.astype(x.dtype)), state
 

@@ -55,7 +55,10 @@ class Attention(nnx.Module):
         self.query(x) * self.shape[1] ** -0.5, self.key(x), self.value(x), ctx,
         decay=jax.nn.log_sigmoid(logits) / TEMPERATURE, state=state,
         implementation=self.options.attention_kernel)
-    return self.out(self.norm(y) * jax.nn.silu(self.gate(x))), state
+    y = self.norm(y)
+    gate = jax.nn.silu(self.gate(x))
+    ctx.record('gate', lambda: gate)
+    return self.out(y * gate), state
 
   def init_state(self, batch, length):
     del length  # Any number of tokens fits.

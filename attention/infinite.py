@@ -65,7 +65,7 @@ class Attention(nnx.Module):
   def __call__(self, x, ctx, state=None):
     y, state = self.softmax(
         self.query(x), self.key(x), self.value(x), ctx, state, x=x)
-    y = self.gate(x, y)
+    y = self.gate(x, y, ctx)
     B, T, N, V = y.shape
     if self.groups < N:
       y = y.reshape(B, T, self.groups, -1, V).sum(3)

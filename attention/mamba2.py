@@ -113,12 +113,15 @@ class Attention(nnx.Module):
     dt = jnp.clip(
         jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...]),
         options.mamba2_dt_at_least, options.mamba2_dt_at_most)
+    ctx.record('step_size', lambda: dt)
     y, S = linear_attention(
         C, B, (x * dt[..., None]).astype(x.dtype), ctx, state=S,
         decay=-jnp.exp(self.A_log[...]) * dt,
         implementation=options.attention_kernel)
     y = (y + self.D[...][:, None] * x).astype(x.dtype)
-    return self.out(self._norm(y * jax.nn.silu(z))), (taps, select_taps, S)
+    gate = jax.nn.silu(z)
+    ctx.record('gate', lambda: gate)
+    return self.out(self._norm(y * gate)), (taps, select_taps, S)
 
   def _norm(self, y):
     """RMSNorm [B,T,N,V] of each group of heads."""

@@ -102,7 +102,7 @@ class Attention(nnx.Module):
     if absorbed:
       y = jnp.einsum(
           'BTNR,RNV->BTNV', y, self.value.weight[...].astype(y.dtype))
-    return self.out(self.gate(x, y)), state
+    return self.out(self.gate(x, y, ctx)), state
 
   def init_state(self, batch, length):
     width = self.rank + self.options.mla_rotary_dim

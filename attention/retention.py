@@ -81,7 +81,9 @@ class Attention(nnx.Module):
         q * H ** -0.5, k, self.value(x), ctx, decay=self._log_decay(x),
         state=state, implementation=options.attention_kernel)
     y = rms_normalize(y, eps=EPS)
-    return self.out(y * jax.nn.silu(self.gate(x))), state
+    gate = jax.nn.silu(self.gate(x))
+    ctx.record('gate', lambda: gate)
+    return self.out(y * gate), state
 
   def _log_decay(self, x):
     """float32, [N] or of every token [B,T,N]."""

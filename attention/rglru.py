@@ -78,10 +78,14 @@ class Attention(nnx.Module):
     # 1 - a^2, to float32 also where a is nearly 1.
     scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), LEAST))
     scale = jnp.where(ctx.positions[..., None] == 0, 1.0, scale)
+    entering = self.i(x)
+    ctx.record('input_gate', lambda: entering)
     h, last = linear_recurrence(
-        (scale * self.i(x) * x).astype(x.dtype), log_a, ctx, h0=h,
+        (scale * entering * x).astype(x.dtype), log_a, ctx, h0=h,
         implementation=self.options.attention_kernel)
-    return self.out(h * jax.nn.gelu(z)), (taps, last)
+    gate = jax.nn.gelu(z)
+    ctx.record('gate', lambda: gate)
+    return self.out(h * gate), (taps, last)
 
   def init_state(self, batch, length):
     del length  # Any number of tokens fits.

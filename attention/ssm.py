@@ -83,9 +83,15 @@ class Attention(nnx.Module):
     normed = self.options.ssm_inner_norm
     if normed:
       dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+    dt, A = self.step(dt), -jnp.exp(self.A_log[...])
+    step_size = lambda: jax.nn.softplus(
+        dt.astype(jnp.float32) + self.dt_bias[...])
+    ctx.record('step_size', step_size)
+    ctx.record('decay', lambda: jnp.exp(step_size()[..., None] * A))
+    ctx.record('gate', lambda: jax.nn.silu(z))
     y, h = selective_scan(
-        x, self.step(dt), -jnp.exp(self.A_log[...]), B, C, self.D[...], ctx,
-        z=None if normed else z, dt_bias=self.dt_bias[...], h0=h,
+        x, dt, A, B, C, self.D[...], ctx, z=None if normed else z,
+        dt_bias=self.dt_bias[...], h0=h,
         implementation=self.options.attention_kernel)
     if normed:
       y = self.y_norm(y) * jax.nn.silu(z)

@@ -17,7 +17,10 @@ class Block(nnx.Module):
     self.mlp = mlp.build(config, rngs=rngs)
 
   def __call__(self, x, ctx, state=None):
-    y, state = self.mixer(self.mixer_norm(x), ctx, state)
+    normed = self.mixer_norm(x)
+    y, state = self.mixer(normed, ctx, state)
+    ctx.record('mixer_input', lambda: normed)
+    ctx.record('mixer_output', lambda: y)
     x = x + ctx.dropout(y, self.rate, salt=0)
     y = self.mlp(self.mlp_norm(x))
     x = x + ctx.dropout(y, self.rate, salt=1)

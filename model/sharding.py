@@ -60,7 +60,7 @@ def _spec(letters):
     jax.tree_util.register_dataclass,
     data_fields=['positions', 'segment_ids', 'dropout_key', 'depth',
                  'first_values'],
-    meta_fields=['mesh'])
+    meta_fields=['mesh'], drop_fields=['tape'])
 @dataclasses.dataclass(frozen=True)
 class Context:
   """What a layer may know besides its input.
@@ -76,6 +76,9 @@ class Context:
       layers that are alike share a program.
     first_values: [B,T,K,V], the values of the first layer, where a layer mixes
       them into its own, or None: this is the first layer.
+    tape: a list that layers `record` their internals on, or None. It belongs to
+      one function that jax traces, and is not handed on to another: a copy of
+      the Context that goes through jit has none.
   """
   positions: jax.Array
   segment_ids: jax.Array | None = None
@@ -83,6 +86,17 @@ class Context:
   mesh: jax.sharding.Mesh | None = None
   depth: int | jax.Array = 0
   first_values: jax.Array | None = None
+  tape: list | None = None
+
+  def record(self, name, make):
+    """Puts (name, make()) on the tape; without one, does not call `make`.
+
+    Args:
+      name: what it is. One name may come more than once in a layer.
+      make: a function without arguments that returns an array.
+    """
+    if self.tape is not None:
+      self.tape.append((name, make()))
 
   @property
   def starts(self):

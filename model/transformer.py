@@ -9,6 +9,7 @@ from flax import nnx
 
 import attention
 from configs import default
+from model import tracing
 from model.block import Block
 from model.embed import Embed
 from model.layers import norm, segment_positions
@@ -93,22 +94,9 @@ class Transformer(nnx.Module):
         shapes alone are checked: of what is traced, ids and positions out of
         bounds become the nearest ones, and a full state loses its last tokens.
     """
-    self._check(tokens, positions, segment_ids, state)
-    if positions is None:
-      if state is not None:
-        raise ValueError('a call with a state needs positions=')
-      positions = (
-          jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-          if segment_ids is None else segment_positions(segment_ids))
-    ctx = Context(positions, segment_ids, dropout_key, mesh)
-    x = ctx.dropout(self.embed(tokens, ctx), self.rate, salt=0)
-    x = ctx.constrain(x, 'BTD')
-    if self.mixes_values:
-      # Made once more, so that no layer hands on more than x: of unrolled
-      # layers the compiler makes them once.
-      first = jax.tree.map(lambda p: p[0], self.periods[0])
-      ctx = dataclasses.replace(
-          ctx, first_values=first.mixer.value(first.mixer_norm(x)))
+    x, ctx = self._begin(
+        tokens, segment_ids=segment_ids, positions=positions, state=state,
+        dropout_key=dropout_key, mesh=mesh)
     period_states, tail_states = (None, None) if state is None else state
 
     def body(x, layers):
@@ -125,6 +113,27 @@ class Transformer(nnx.Module):
                           first=1 + self.repeats * len(self.periods))
     state = None if state is None else (period_states, tail_states)
     return self.norm(x), state
+
+  def _begin(self, tokens, *, segment_ids, positions=None, state=None,
+             dropout_key=None, mesh=None):
+    """(x [B,T,D] before the first layer, the Context); as in `hidden`."""
+    self._check(tokens, positions, segment_ids, state)
+    if positions is None:
+      if state is not None:
+        raise ValueError('a call with a state needs positions=')
+      positions = (
+          jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+          if segment_ids is None else segment_positions(segment_ids))
+    ctx = Context(positions, segment_ids, dropout_key, mesh)
+    x = ctx.dropout(self.embed(tokens, ctx), self.rate, salt=0)
+    x = ctx.constrain(x, 'BTD')
+    if self.mixes_values:
+      # Made once more, so that no layer hands on more than x: of unrolled
+      # layers the compiler makes them once.
+      first = self.block(0)
+      ctx = dataclasses.replace(
+          ctx, first_values=first.mixer.value(first.mixer_norm(x)))
+    return x, ctx
 
   def _check(self, tokens, positions, segment_ids, state):
     """Raises ValueError for what can be known to be out of bounds."""
@@ -148,6 +157,39 @@ class Transformer(nnx.Module):
   def logits(self, x):
     """[..., D] -> float32 [..., vocab_size]."""
     return self.embed.logits(x)
+
+  def lens(self, x):
+    """The logits if x [...,D] were the residual stream after the last layer.
+
+    The logit lens (nostalgebraist 2020): float32 [..., vocab_size].
+    """
+    return self.logits(self.norm(x))
+
+  @property
+  def n_layer(self):
+    return self.repeats * len(self.periods) + len(self.tail)
+
+  def block(self, index):
+    """The Block of a layer, out of the stack of its like."""
+    repeat, place = divmod(index, len(self.periods))
+    if repeat == self.repeats:
+      return self.tail[place]
+    return jax.tree.map(lambda p: p[repeat], self.periods[place])
+
+  def trace(self, tokens, *, layers=None, segment_ids=None):
+    """What happens inside of layers, as a tuple of tracing.Layer.
+
+    Args:
+      tokens: int32 [B,T].
+      layers: the numbers of the layers to look at, from 0, or from -1 down for
+        the last ones; None: all.
+      segment_ids: int32 [B,T] or None, as in `hidden`.
+
+    Raises:
+      ValueError: no such layer; what `hidden` raises.
+    """
+    x, ctx = self._begin(tokens, segment_ids=segment_ids)
+    return tracing.trace(self, x, ctx, layers=layers)
 
   def __call__(self, tokens, **kwargs):
     """(float32 [B,T,vocab_size], state); arguments as in `hidden`."""

@@ -79,6 +79,7 @@ class ForgetGate(nnx.Module):
       state: None, or a cache whose last values are the F of before.
     """
     logit = self.logit(x).astype(jnp.float32) + self.bias[...]
+    ctx.record('decay', lambda: jax.nn.sigmoid(logit))
     before = jnp.zeros((x.shape[0], logit.shape[2], 2))
     if state is not None and state['values'][-1].shape[1]:
       sums, index = state['values'][-1], state['index']

@@ -78,8 +78,10 @@ class DeltaLayer(nnx.Module):
         beta=self.options.delta_beta_max * beta,
         decay=None if self.decay is None else self.decay(x), state=S,
         implementation=self.options.attention_kernel)
-    y = self.norm(y) * self.activation(self.gate(x))
-    return self.out(y), (taps, S)
+    y = self.norm(y)
+    gate = self.activation(self.gate(x))
+    ctx.record('gate', lambda: gate)
+    return self.out(y * gate), (taps, S)
 
   def init_state(self, batch, length):
     del length  # Any number of tokens fits.

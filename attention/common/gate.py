@@ -28,9 +28,10 @@ class Gate(nnx.Module):
     ) if gates else None
     self.flops = self.project.flops if gates else 0
 
-  def __call__(self, x, y):
+  def __call__(self, x, y, ctx):
     """Gates heads y [B,T,N,V] by the layer's input x [B,T,D]; y's dtype."""
     if self.project is None:
       return y
     gate = jax.nn.sigmoid(self.project(x).astype(jnp.float32))
+    ctx.record('gate', lambda: gate)
     return (y * gate).astype(y.dtype)

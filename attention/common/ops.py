@@ -2,9 +2,10 @@
 
 XLA cannot split a Pallas kernel, so that on several devices each runs its own
 shard. Variants call these, never the ops of attention.kernels, and so cannot
-forget it.
+forget it. What there is to see of an op is recorded here too (Context.record).
 """
 
+import dataclasses
 import functools
 import math
 
@@ -22,6 +23,39 @@ __all__ = [
     'weighted_attention']
 
 
+def _records_weights(**plain):
+  """Wraps an op (q, k, v, ctx, **options) -> y [B,T,N,V], or (y, state).
+
+  It then records its values, its outputs and, as `attention` [B,N,T,S], how
+  much of the value of s is in the output of t: as these ops are linear in their
+  values, what they make of unit vectors, one a token, whatever the scores,
+  masks, sinks, decays and rules may be. In float32.
+
+  Args:
+    **plain: options of the op that makes the weights: of an implementation for
+      values of any width, and that of no state, whose values are of another.
+  """
+  def wrap(op):
+
+    @functools.wraps(op)
+    def recording(q, k, v, ctx, **options):
+      result = op(q, k, v, ctx, **options)
+
+      def weights():
+        B, S, K, _ = v.shape
+        units = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, K, S))
+        y = op(*(x.astype(jnp.float32) for x in (q, k)), units,
+               dataclasses.replace(ctx, tape=None), **{**options, **plain})
+        return jnp.swapaxes(jax.tree.leaves(y)[0], 1, 2)
+      ctx.record('attention', weights)
+      ctx.record('value', lambda: v)
+      ctx.record('head_output', lambda: jax.tree.leaves(result)[0])
+      return result
+    return recording
+  return wrap
+
+
+@_records_weights(implementation='plain')
 def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
                     bias=None, **options):
   """attention.kernels.flash: [B,T,N,V] of q [B,T,N,H], k and v [B,S,K,...].
@@ -52,6 +86,7 @@ def flash_attention(q, k, v, ctx, *, segment_ids=None, q_offset=0, sink=None,
       outputs='BTNV')(q, k, v, segment_ids, sink, bias, *offset)
 
 
+@_records_weights(implementation='plain')
 def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
                        bias=None, segment_ids=None, q_offset=0, **options):
   """attention.kernels.scores: [B,T,N,V] of q [B,T,N,H], k and v [B,S,K,...].
@@ -82,6 +117,7 @@ def weighted_attention(q, k, v, ctx, *, learned=(), fire_learned=None,
     ctx.positions, learned, fire_learned)
 
 
+@_records_weights(implementation='xla', state=None)
 def linear_attention(q, k, v, ctx, *, decay=None, state=None, normalize=None,
                      **options):
   """attention.kernels.chunked: y [B,T,N,V] and the state.
@@ -93,6 +129,10 @@ def linear_attention(q, k, v, ctx, *, decay=None, state=None, normalize=None,
       z [B,K,H]; or None: zero.
     **options: as there.
   """
+  if decay is not None:
+    log_decay = decay
+    ctx.record('decay', lambda: jnp.broadcast_to(
+        jnp.exp(log_decay), v.shape[:3]))
   K = v.shape[2]
   repeated = functools.partial(
       _repeated, ctx=ctx, n_head=max(q.shape[2], K))
@@ -130,6 +170,7 @@ def _repeated(x, ctx, n_head, *, axis):
   return x if copies == 1 else jnp.repeat(x, copies, axis)
 
 
+@_records_weights(implementation='xla', state=None)
 def delta_rule(q, k, v, ctx, *, beta=None, decay=None, state=None, **options):
   """attention.kernels.delta: y [B,T,N,V] and the state [B,N,H,V].
 
@@ -139,6 +180,11 @@ def delta_rule(q, k, v, ctx, *, beta=None, decay=None, state=None, **options):
     state: of before the first step, or None: zero.
     **options: as there.
   """
+  if beta is not None:
+    ctx.record('beta', lambda: beta)
+  if decay is not None:
+    ctx.record('decay', lambda: jnp.exp(decay))
+
   def local(q, k, v, beta, decay, state, starts):
     return delta.delta_rule(q, k, v, beta=beta, decay=decay, s0=state,
                             starts=starts, **options)
@@ -179,6 +225,8 @@ def linear_recurrence(x, log_decay, ctx, *, h0=None, **options):
     ctx: the Context, whose starts zero the state.
     **options: as there.
   """
+  ctx.record('decay', lambda: jnp.exp(log_decay))
+
   def local(x, log_decay, h0, starts):
     return scan.linear_recurrence(
         x, log_decay, h0=h0, starts=starts, **options)

@@ -35,11 +35,13 @@ MODS = {
 LARGEST = 1e15
 
 # Letters of latent, sink, k, v, starts; of the sums (one a loop) and the count
-# of the means and the three numbers of the running softmax; of q, k and v.
+# of the means and the three numbers of the running softmax; of q, k and v; of
+# scores and values.
 INPUTS = ('QNH', 'N', 'BTNH', 'BTNV', 'BT')
 MEANS = ('B_NH', 'B')
 STREAM = (*MEANS, 'BNQ', 'BNQ', 'BNQV')
 QKV = ('BTNQH', 'BTNH', 'BTNV')
+SCORED = ('BTNQ', 'BTNV')
 
 
 class Settings(NamedTuple):
@@ -129,6 +131,17 @@ def streaming(settings, latent, sink, k, v, starts, *stream):
         implementation=implementation)
     return y, (*means, *softmax)
   return running.in_chunks(step, (k, v), stream, starts)
+
+
+def scored(settings, latent, sink, k, v, starts, *stream):
+  """What `streaming` averages, (scores [B,T,N,Q], v), float32; the means."""
+  del sink
+
+  def step(inputs, means, starts):
+    (q, k, v), means = _refine_stream(
+        settings, latent, *inputs, means, starts, settings.implementation)
+    return (_scores(settings, q, k), v), means
+  return running.in_chunks(step, (k, v), stream[:len(MEANS)], starts)
 
 
 def exact(settings, latent, sink, k, v, starts, *means):
