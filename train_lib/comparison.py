@@ -3,8 +3,10 @@
 import collections
 import dataclasses
 import itertools
+import re
 import statistics
 
+import attention
 from configs import default, grid
 from train_lib import results, significance
 
@@ -178,10 +180,20 @@ def _telling(apart, values):
 
 
 def _label(told, given):
-  layers = given['attention_list']
-  parts = [' '.join(layers) if layers else given['attention_variant']]
-  parts += [f'{flag}={given[flag]}' for flag in told if flag not in _LAYERS]
-  return ', '.join(parts)
+  layers = given['attention_list'] or [given['attention_variant']]
+  # A flag of other variants says nothing of this one.
+  foreign = {flag for flag in told if attention.users(flag) and not any(
+      flag in layer for layer in _honoured(layers))}
+  return ', '.join([' '.join(layers)] + [
+      f'{flag}={given[flag]}' for flag in told
+      if flag not in _LAYERS and flag not in foreign])
+
+
+def _honoured(layers):
+  """The flags of the variant of each layer of a saved attention_list."""
+  names = (re.findall(r'[a-z]\w*', layer)[0] for layer in layers)
+  return [attention.flags(name) if name in attention.names() else ()
+          for name in names]
 
 
 def _pairs(variants, metric):

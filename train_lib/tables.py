@@ -1,5 +1,6 @@
 """The tables of a report: rows of text, whatever they are written as."""
 
+import re
 import statistics
 
 from train_lib import metrics, results, significance
@@ -68,7 +69,10 @@ def _columns(comparison):
   found = {name for variant in comparison.variants
            for run in variant.best.runs for name in run.last
            if name.startswith('val_') or name == 'bits_per_byte'}
-  return sorted(found - {comparison.metric, 'val_tokens'})
+  # A quick evaluation says little beside that of the whole split.
+  quick = {name for name in found
+           if re.sub('^(val_loss|val_accuracy)', r'\1_full', name) in found}
+  return sorted(found - quick - {comparison.metric, 'val_tokens'})
 
 
 def pairs(comparison):

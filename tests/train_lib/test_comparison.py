@@ -65,6 +65,17 @@ def test_labels_say_no_more_than_they_must(tmp_path):
       'causal, n_layer=2', 'causal, n_layer=4', 'ssm, n_layer=2']
 
 
+def test_labels_leave_out_flags_of_other_variants(tmp_path):
+  for variant in ('deltanet', 'gated_deltanet', 'causal'):
+    for most in (1.0, 2.0):
+      if variant != 'causal' or most == 1.0:
+        folders.write(tmp_path / f'{variant}{most}', most, delta_beta_max=most,
+                      attention_variant=variant)
+  assert {v.label for v in compared(tmp_path).variants} == {
+      'causal', *(f'{variant}, delta_beta_max={most}' for variant in (
+          'deltanet', 'gated_deltanet') for most in (1.0, 2.0))}
+
+
 def test_a_list_of_layers_is_its_own_label(tmp_path):
   folders.write(tmp_path / 'a', 1.0, attention_list=['causal', 'ssm'])
   folders.write(tmp_path / 'b', 2.0)
