@@ -48,8 +48,9 @@ class Sweep:
   dry_run: bool = option(
       False, 'list the runs and what each costs, and start none')
   match: str = option(
-      'none', 'what all runs are given as much of as the first has, by the '
-      'width of the mlp', choices=('none', 'params'))
+      'none', 'what all runs are given as much of as the first has: parameters '
+      'or FLOPs by the width of the mlp, bytes of decode state by the flag '
+      "that scales a variant's", choices=('none', 'params', 'flops', 'state'))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from train_lib import (
     budget,
     disk,
     lock,
+    matching,
     preemption,
     results,
     run,
@@ -54,7 +55,8 @@ def sweep(config):
                      'device, with --sweep_shard')
   root = run.folder_of(config.workdir or pathlib.Path(
       'runs', pathlib.Path(config.sweep).stem))
-  points = budget.matched(grid.load(config.sweep, config), config.match)
+  points = matching.matched(
+      grid.load(config.sweep, config), config.match)
   mine = grid.shard(points, config.sweep_shard)
   _check_folders(points, root)
   costs = budget.costs(mine)
