@@ -39,7 +39,8 @@ class Run:
 class Sweep:
   """Many runs: --mode=sweep"""
   sweep: str | None = option(
-      None, 'a Python file whose sweep() yields dicts of flags')
+      None, 'a Python file whose sweep() yields dicts of flags, or an '
+      'exploration .yaml of ReaLLM-Forge')
   sweep_shard: str | None = option(
       None, 'I/N: only every Nth run, from the Ith (1 to N) on, for array jobs')
   sweep_workers: int = option(

@@ -35,6 +35,7 @@ RULES = {
     'model': (('attention', 'configs.default', 'model'),
               ('flax', 'jax', 'numpy')),
     'configs': (('attention', 'configs'), ('ml_collections',)),
+    'configs/exploration.py': (('attention', 'configs'), ('yaml',)),
     'train_lib': (('attention', 'configs.default', 'configs.grid', 'model',
                    'train_lib'), None),
     'train_lib/tasks': (
