@@ -46,6 +46,12 @@ class Sweep:
   sweep_workers: int = option(
       1, 'processes that make the runs, each with its share of the cores or '
       'of the GPUs', at_least=1)
+  sweep_slurm: int = option(
+      0, 'array jobs of Slurm that make the runs, a shard each; 0: none',
+      at_least=0)
+  sweep_slurm_args: str | None = option(
+      None, "what Slurm is asked for: 'partition=gpu time=60 gpus_per_node=1', "
+      'time in minutes; others are in docs/sweeps.md')
   dry_run: bool = option(
       False, 'list the runs and what each costs, and start none')
   match: str = option(
