@@ -33,9 +33,10 @@ SUFFIXES = ('.yaml', '.yml', '.json')
 MOST = 100_000  # Runs of a file, and values of a range.
 
 _DEFINED = ('named_static_groups', 'named_variation_groups')
-_KEYS = (*_DEFINED, 'named_group_libraries', 'named_group_settings',
-         'named_group_static', 'named_group_variations',
-         'named_group_alternates', 'common_group', 'parameter_groups')
+_GROUP = ('named_group', 'named_group_settings', 'named_group_static',
+          'named_group_variations', 'named_group_alternates',
+          'parameter_groups')  # What a group may have beside flags.
+_KEYS = (*_DEFINED, *_GROUP, 'named_group_libraries', 'common_group')
 
 # What has another name here, or another value of that text.
 _RENAMED = {
@@ -90,17 +91,26 @@ def _load(path):
                      + ' '.join(str(error).split())) from None
   loaded = [part for entry in loaded for part in _listed(entry)]
   for entry in loaded:
-    _check_mapping(entry, f'{path.name} has runs, which')
+    _check_mapping(entry, f'{path.name} has runs, which', _KEYS)
   return loaded
 
 
-def _check_mapping(entry, what):
+def _check_mapping(entry, what, keys=_GROUP):
+  """ValueError for what is no mapping, or has other keys of groups than these.
+
+  Args:
+    entry: to be checked.
+    what: it is, for the message.
+    keys: that it may have beside flags.
+  """
   if not isinstance(entry, dict) or not all(isinstance(k, str) for k in entry):
     raise ValueError(f'{what} must be a mapping of flags to values, not '
                      f'{entry!r:.60}')
   for key in entry:
-    if key.startswith('named_') and key not in (*_KEYS, 'named_group'):
-      raise ValueError(f'unknown key {key}{options.nearest(key, _KEYS)}')
+    if (key.startswith('named_') or key in _KEYS) and key not in keys:
+      raise ValueError(
+          f'{key} has no place in {what.split(", ")[0]}' if key in _KEYS else
+          f'unknown key {key}{options.nearest(key, _KEYS)}')
 
 
 def _listed(value):
@@ -119,10 +129,13 @@ def _runs(mapping, path):
     if not library.is_file():
       raise ValueError(f'named_group_libraries: {library}: no such file')
     for entry in _load(library):
+      for key in entry.keys() - {*_DEFINED}:
+        raise ValueError(f'named_group_libraries: {name} has {key}, which is '
+                         'no group with a name')
       _define(entry, named, str(name))
   common = {}
   group = mapping.get('common_group', {})
-  _check_mapping(group, 'common_group')
+  _check_mapping(group, 'common_group', ())
   for flag, value in group.items():
     values = _values(flag, value)
     if len(values) != 1:
@@ -170,9 +183,9 @@ def _expanded(mapping, named, inside=()):
     return _expanded(group, named, (*inside, name))
 
   own = {key: value for key, value in mapping.items()
-         if key not in (*_KEYS, 'named_group')}
+         if key not in _KEYS}
   settings = mapping.get('named_group_settings', {})
-  _check_mapping(settings, 'named_group_settings')
+  _check_mapping(settings, 'named_group_settings', ())
   found = [_joined(own, settings)]
   parts = []
   for name in _listed(mapping.get('named_group_static')):

@@ -53,8 +53,8 @@ def matched(points, what):
       config.update(chosen[key])
       apart = amount(AbstractModel(config)) - wanted
       share = f' ({apart / wanted:+.2%})' if wanted else ''
-      print(f'{point.name}: {told}, {apart:+,} {unit}{share} beside the first '
-            'run')
+      print(f'{point.name}: {told}, {apart:+,.0f} {unit}{share} beside the '
+            'first run')
     config = point.config.copy_and_resolve_references()
     config.update(chosen[key])
     found.append(dataclasses.replace(point, config=config))
@@ -135,7 +135,7 @@ def mlp_width(config, wanted, name='the model', *, what='params'):
   amount = _amounts(config, 'mlp_width', what)
   if amount(1) > wanted:
     raise ValueError(
-        f'--match={what}: {name} has more than {wanted:,} '
+        f'--match={what}: {name} has more than {wanted:,.0f} '
         f'{MEASURES[what][1]} with the narrowest mlp: give the first run more '
         'of them')
   return nearest(amount, wanted)

@@ -132,6 +132,8 @@ def test_groups_of_other_files(runs):
               more=library) == [{'n_layer': 8}]
   with pytest.raises(ValueError, match='two groups deep, one of more.yaml'):
     runs(f'named_group_libraries: [more.yaml]\n{library}', more=library)
+  with pytest.raises(ValueError, match='more.yaml has seed, which is no gr'):
+    runs('named_group_libraries: [more.yaml]', more='seed: 1')
   with pytest.raises(ValueError, match='none.yaml: no such file'):
     runs('named_group_libraries: none.yaml')
 
@@ -186,6 +188,9 @@ def test_flags_that_have_a_value_for_each_layer(runs):
     ('n_head: {conditions: [[bias, true]]}', 'needs conditions and options'),
     ('n_head: {conditions: [bias], options: [1]}', 'must be pairs'),
     ('named_group_sttic: [a]', 'did you mean named_group_static'),
+    ('parameter_groups: [{common_group: {seed: 1}}]', 'common_group has no pl'),
+    ('common_group: {parameter_groups: []}', 'has no place in common_group'),
+    ('named_group_settings: {named_group_static: a}', 'has no place in named'),
     ('named_group_static: [a]', "no named group 'a' known: none"),
     ('named_static_groups: [{n_head: 2}]', 'without a named_group'),
     ('named_static_groups: [3]', 'must be a mapping'),
