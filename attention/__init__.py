@@ -48,7 +48,7 @@ from attention.common.options import nearest
 from attention.common.specs import period, shortest
 
 __all__ = ['build', 'check', 'flags', 'get', 'layers', 'listed',
-           'mixes_values', 'names', 'period', 'shortest', 'users']
+           'mixes_values', 'names', 'period', 'shortest', 'state_flag', 'users']
 
 
 @functools.cache
@@ -74,6 +74,15 @@ def flags(name):
 def users(flag):
   """The variants that honour a flag."""
   return tuple(name for name in names() if flag in flags(name))
+
+
+def state_flag(name):
+  """The flag that a variant's decode state grows with, or None.
+
+  Of several the last: its own come after those that it shares with others.
+  """
+  return next((flag for flag, field in reversed(flags(name).items())
+               if field.metadata['scales_state']), None)
 
 
 def listed(config):

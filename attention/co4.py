@@ -37,7 +37,8 @@ from model.layers import param
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Softcap, flags.Lobo, flags.Flash):
-  n_latent: int = option(4, 'latent queries', at_least=1)
+  n_latent: int = option(
+      4, 'latent queries', at_least=1, scales_state='width')
   triadic_loops: int = option(
       1, 'passes in which queries, keys and values modulate each other',
       at_least=0, at_most=100)

@@ -29,7 +29,7 @@ TEMPERATURE = 16.0  # Of the decays: they start at 0.96.
 class Options(flags.Kernel):
   gla_key_width: int | None = option(
       None, 'width of queries and keys; none: half of n_embd / n_head',
-      at_least=1)
+      at_least=1, scales_state='width')
   gla_gate_rank: int = option(
       16, 'rank of the projection to decays', at_least=1)
 

@@ -39,7 +39,8 @@ class Options(flags.Kernel):
       None, 'width of a head, a divisor of the inner width; none: n_embd / '
       'n_head', at_least=1)
   mamba2_d_state: int = option(
-      64, 'state of every inner channel: the width of B and C', at_least=1)
+      64, 'state of every inner channel: the width of B and C', at_least=1,
+      scales_state='width')
   mamba2_n_groups: int = option(
       1, 'groups of heads, each with B, C and an output norm', at_least=1)
   mamba2_conv_kernel_size: int = option(

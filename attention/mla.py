@@ -34,7 +34,7 @@ class Options(flags.RopeBase, flags.Softcap, flags.Window, flags.OutputGate,
               flags.Flash):
   mla_latent_dim: int | None = option(
       None, 'width of the latent that keys and values are compressed to; '
-      'none: n_embd / 4', at_least=1)
+      'none: n_embd / 4', at_least=1, scales_state='width')
   mla_rotary_dim: int = option(
       32, 'width of the rotary part of queries and keys, even; 0: no such '
       'part', at_least=0)

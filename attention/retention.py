@@ -47,7 +47,8 @@ class Options(flags.RopeBase, flags.Kernel):
   retention_decay_power: float = option(
       1.0, 'power that the decays are taken to; 0: none decays', at_least=0)
   retention_expand_v: int = option(
-      2, 'width of a value head, in units of n_embd / n_head', at_least=1)
+      2, 'width of a value head, in units of n_embd / n_head', at_least=1,
+      scales_state='width')
 
 
 def log_decays(kind, n_head):

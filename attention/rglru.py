@@ -32,7 +32,8 @@ LEAST = 1e-12
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Kernel):
   rglru_width: int | None = option(
-      None, 'inner width, a multiple of n_head; none: n_embd', at_least=1)
+      None, 'inner width, a multiple of n_head; none: n_embd', at_least=1,
+      scales_state='width')
   rglru_conv_kernel_size: int = option(
       4, 'tokens that the convolution sees, itself included', at_least=1)
 

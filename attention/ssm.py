@@ -34,7 +34,8 @@ class Options(flags.Kernel):
       3, 'tokens that the convolution sees, itself included', at_least=1)
   ssm_dt_rank: int = option(
       8, 'rank of the projection to step sizes', at_least=1)
-  ssm_d_state: int = option(16, 'state of every inner channel', at_least=1)
+  ssm_d_state: int = option(
+      16, 'state of every inner channel', at_least=1, scales_state='width')
   ssm_io_bias: bool = option(
       False, 'biases in the projections into and out of the layer')
   ssm_inner_norm: bool = option(

@@ -24,7 +24,7 @@ import numpy as np
 import attention
 from configs import default
 from model import sample
-from train_lib import bigram, budget, corpus, cpu, inference, trainer
+from train_lib import bigram, corpus, cpu, inference, matching, trainer
 from train_lib.state import AbstractModel
 
 LENGTHS = (1024, 65536)
@@ -61,7 +61,7 @@ def decode_speed(model):
 def row(kinds, flags):
   """The cells of one variant."""
   config = config_of(kinds, flags.max_iters)
-  config.mlp_width = budget.mlp_width(config, AbstractModel(
+  config.mlp_width = matching.mlp_width(config, AbstractModel(
       config_of(LIKE, flags.max_iters)).n_params(), kinds)
   losses, speed = [], []
   for seed in range(flags.seeds):

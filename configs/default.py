@@ -39,17 +39,25 @@ class Run:
 class Sweep:
   """Many runs: --mode=sweep"""
   sweep: str | None = option(
-      None, 'a Python file whose sweep() yields dicts of flags')
+      None, 'a Python file whose sweep() yields dicts of flags, or an '
+      'exploration .yaml of ReaLLM-Forge')
   sweep_shard: str | None = option(
       None, 'I/N: only every Nth run, from the Ith (1 to N) on, for array jobs')
   sweep_workers: int = option(
       1, 'processes that make the runs, each with its share of the cores or '
       'of the GPUs', at_least=1)
+  sweep_slurm: int = option(
+      0, 'array jobs of Slurm that make the runs, a shard each; 0: none',
+      at_least=0)
+  sweep_slurm_args: str | None = option(
+      None, "what Slurm is asked for: 'partition=gpu time=60 gpus_per_node=1', "
+      'time in minutes; others are in docs/sweeps.md')
   dry_run: bool = option(
       False, 'list the runs and what each costs, and start none')
   match: str = option(
-      'none', 'what all runs are given as much of as the first has, by the '
-      'width of the mlp', choices=('none', 'params'))
+      'none', 'what all runs are given as much of as the first has: parameters '
+      'or FLOPs by the width of the mlp, bytes of decode state by the flag '
+      "that scales a variant's", choices=('none', 'params', 'flops', 'state'))
 
 
 @dataclasses.dataclass(frozen=True)

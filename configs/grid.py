@@ -1,5 +1,7 @@
 """Sweeps: a Python file whose sweep() yields a dict of flags for each run.
 
+An exploration file of ReaLLM-Forge is one too: configs/exploration.py.
+
   from configs.grid import product
 
   def sweep():
@@ -16,7 +18,7 @@ import pathlib
 import re
 
 import attention
-from configs import default, flags
+from configs import default, exploration, flags
 
 # Where a run is and what is done with it: the sweep's own business.
 OWN = ('mode', 'workdir', 'distributed',
@@ -75,7 +77,7 @@ def load(path, base):
   """The runs of a sweep's file.
 
   Args:
-    path: of the Python file.
+    path: of the Python file, or of an exploration file.
     base: the config that they change, as the command line has it.
 
   Returns:
@@ -87,7 +89,7 @@ def load(path, base):
   """
   dicts = [dict(given) for given in _call(path)]
   if not dicts:
-    raise ValueError(f'--sweep={path}: sweep() yields no run')
+    raise ValueError(f'--sweep={path}: yields no run')
   made = iter(names([given for given in dicts if 'name' not in given]))
   points = []
   for given in dicts:
@@ -99,8 +101,10 @@ def load(path, base):
 
 def _call(path):
   path = pathlib.Path(path)
-  if not path.is_file() or path.suffix != '.py':
-    raise ValueError(f'--sweep={path}: no such .py file')
+  if not path.is_file() or path.suffix not in ('.py', *exploration.SUFFIXES):
+    raise ValueError(f'--sweep={path}: no such .py or .yaml file')
+  if path.suffix != '.py':
+    return exploration.read(path)
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

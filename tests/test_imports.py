@@ -35,6 +35,7 @@ RULES = {
     'model': (('attention', 'configs.default', 'model'),
               ('flax', 'jax', 'numpy')),
     'configs': (('attention', 'configs'), ('ml_collections',)),
+    'configs/exploration.py': (('attention', 'configs'), ('yaml',)),
     'train_lib': (('attention', 'configs.default', 'configs.grid', 'model',
                    'train_lib'), None),
     'train_lib/tasks': (
@@ -42,6 +43,8 @@ RULES = {
         ('numpy',)),
     'train_lib/text_slices.py': (
         ('attention.common.options', 'train_lib.tasks'), ('numpy',)),
+    'train_lib/slurm.py': (
+        ('attention.common.options', 'train_lib'), ('submitit',)),
     'main.py': (PACKAGES, ('absl',)),
 }
 DENIED = {  # Allowed by a rule above, but for these.
@@ -51,9 +54,10 @@ DENIED = {  # Allowed by a rule above, but for these.
                 *(f'attention.{name}' for name in attention.names())),
     'train_lib': ('attention.common',
                   *(f'attention.{name}' for name in attention.names())),
-    # Options of tasks and slices are declared and checked as those of a layer.
+    # Options of tasks, slices and jobs are declared and checked as a layer's.
     'train_lib/tasks': ('attention.kernels',),
     'train_lib/text_slices.py': ('attention.kernels',),
+    'train_lib/slurm.py': ('attention.kernels',),
 }
 
 

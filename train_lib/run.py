@@ -93,8 +93,8 @@ class Run:
         np.shape(value), whole, lambda _: value), values)
 
   def flops_per_token(self):
-    """Of a training step: the forward pass, and twice as much backward."""
-    return 3 * self.model.module.flops(self.config.block_size)
+    """Of a training step."""
+    return self.model.flops_per_token()
 
   def meta(self):
     """What a checkpoint says of its run, as JSON."""

@@ -64,6 +64,15 @@ class AbstractModel:
   def n_params(self):
     return sum(x.size for x in self.shapes.values())
 
+  def flops_per_token(self):
+    """Of a training step: the forward pass, and twice as much backward."""
+    return 3 * self.module.flops(self.config.block_size)
+
+  def state_bytes(self):
+    """That decoding block_size tokens of a sequence keeps."""
+    constant, per_token = self.module.state_bytes()
+    return constant + self.config.block_size * per_token
+
 
 def _name(path):
   return jax.tree_util.keystr(

@@ -17,9 +17,11 @@ from train_lib import (
     budget,
     disk,
     lock,
+    matching,
     preemption,
     results,
     run,
+    slurm,
     trainer,
     workers,
 )
@@ -46,15 +48,16 @@ def sweep(config):
   """
   if not config.sweep:
     raise ValueError('--mode=sweep needs --sweep: a Python file whose sweep() '
-                     'yields dicts of flags')
-  if config.sweep_workers > 1:  # The devices are the workers'.
+                     'yields dicts of flags, or an exploration .yaml')
+  if config.sweep_workers > 1 or config.sweep_slurm:  # The devices are theirs.
     jax.config.update('jax_platforms', 'cpu')
   if jax.process_count() > 1:
     raise ValueError('--mode=sweep is of one process: start one for each '
                      'device, with --sweep_shard')
   root = run.folder_of(config.workdir or pathlib.Path(
       'runs', pathlib.Path(config.sweep).stem))
-  points = budget.matched(grid.load(config.sweep, config), config.match)
+  points = matching.matched(grid.load(config.sweep, config), config.match)
+  slurm.check(config, points)
   mine = grid.shard(points, config.sweep_shard)
   _check_folders(points, root)
   costs = budget.costs(mine)
@@ -63,6 +66,9 @@ def sweep(config):
     return
   run.make_workdir(root, config)
   _write(root, points, config)
+  if config.sweep_slurm:
+    slurm.submit(config, root)
+    return
   if config.sweep_workers > 1:
     ended = workers.supervise(config, mine, root)
   else:

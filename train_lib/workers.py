@@ -34,10 +34,10 @@ def supervise(config, points, root):
     preemption.Stopped: a signal came, and the workers have saved.
   """
   places = deal(config.sweep_workers, os.environ)
-  (root / FOLDER).mkdir(exist_ok=True)
-  path = root / FOLDER / 'flags.json'  # No config.json: it is no run.
-  disk.write_json(path, {**config.to_dict(), 'sweep_workers': 1,
-                         'workdir': str(root)})
+  # Of each shard its own: other machines may be at the others.
+  folder = root / FOLDER / (config.sweep_shard or '').replace('/', '-of-')
+  path = folder / 'flags.json'
+  write_flags(path, config, root, sweep_workers=1)
   stale = {p.name: results.failed_at(root / p.name) for p in points}
   left, ended = list(points), {}
   with contextlib.ExitStack() as stack:
@@ -58,7 +58,7 @@ def supervise(config, points, root):
         if over and left:
           raise ValueError(
               f'the workers ended, and {len(left)} runs are left, '
-              f'{left[0].name} the first: {root / FOLDER} has what they said; '
+              f'{left[0].name} the first: {folder} has what they said; '
               'the same command goes on')
         time.sleep(POLL if left else 0)
       for process in processes:
@@ -68,6 +68,24 @@ def supervise(config, points, root):
           'stopped by a signal; the same command goes on with the runs that '
           'are left') from None
   return ended
+
+
+def write_flags(path, config, root, **changes):
+  """Leaves the flags of a sweep for other processes, to be their --config.
+
+  Args:
+    path: the file. Not config.json, as it is no run.
+    config: of the sweep.
+    root: its folder.
+    **changes: flags that are others for them.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  disk.write_json(path, {**config.to_dict(), 'workdir': str(root), **changes})
+
+
+def command(path, *more):
+  """The command of a process with the flags of a file, and some more."""
+  return [sys.executable, str(MAIN), f'--config={path}', *more]
 
 
 def deal(workers, environment):
@@ -108,9 +126,9 @@ def _worker(path, index, place):
   with open(path.parent / f'{index}.txt', 'a') as log:
     # In a session of its own: Ctrl-C would reach it, and so would our signal.
     process = subprocess.Popen(
-        [sys.executable, str(MAIN), f'--config={path}'], stdout=log,
-        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        env={**os.environ, **variables}, start_new_session=True)
+        command(path), stdout=log, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, env={**os.environ, **variables},
+        start_new_session=True)
     if cores:  # Before it has imported what starts threads.
       with contextlib.suppress(OSError):
         os.sched_setaffinity(process.pid, cores)

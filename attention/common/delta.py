@@ -24,7 +24,8 @@ class Delta(flags.Kernel):
       1.0, 'largest beta; above 1 the state has negative eigenvalues, which '
       'parity and permutations need', at_least=1, at_most=2)
   delta_expand_v: int = option(
-      1, 'width of a value head, in units of n_embd / n_head', at_least=1)
+      1, 'width of a value head, in units of n_embd / n_head', at_least=1,
+      scales_state='width')
   delta_conv_kernel_size: int = option(
       4, 'tokens that the convolutions of q, k and v see, themselves included',
       at_least=1)

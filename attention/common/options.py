@@ -15,8 +15,8 @@ TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
 
 def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
-           empty=False, once=False, at_least=None, above=None, at_most=None,
-           below=None):
+           empty=False, once=False, scales_state=None, at_least=None,
+           above=None, at_most=None, below=None):
   """A flag: a dataclass field whose default and help text are the flag's.
 
   Args:
@@ -30,6 +30,8 @@ def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
     choices: the values that it takes; none: any of its type.
     empty: of a text, that it may be empty.
     once: given twice it is an error; of other flags the last value counts.
+    scales_state: of an integer that the decode state grows evenly with: 'width'
+      for any, 'tokens' for one up to block_size. --match=state chooses it.
     at_least, above, at_most, below: bounds of a number, which is always finite
       and, if an integer, one of 32 bits: sizes and steps are.
   """
@@ -38,6 +40,7 @@ def option(default, help, *, bare=None, runtime=False, needs=(), choices=None,
   return dataclasses.field(default=default, metadata={
       'help': help, 'bare': bare, 'runtime': runtime, 'needs': needs,
       'choices': choices, 'empty': empty, 'once': once,
+      'scales_state': scales_state,
       'bounds': {k: v for k, v in bounds.items() if v is not None}})
 
 
@@ -302,7 +305,8 @@ class ScoreBias(Flags):
 @dataclasses.dataclass(frozen=True)
 class Window(Flags):
   window_size: int | None = option(
-      None, 'tokens that a query sees, itself included; none: all', at_least=1)
+      None, 'tokens that a query sees, itself included; none: all', at_least=1,
+      scales_state='tokens')
 
   @property
   def window(self):

@@ -14,8 +14,8 @@ from configs import default, flags
 
 CONFIGS = pathlib.Path(default.__file__).parent
 PRESETS = sorted(path for path in CONFIGS.glob('*.py')
-                 if path.stem not in ('__init__', 'default', 'flags', 'grid',
-                                      'help'))
+                 if path.stem not in ('__init__', 'default', 'exploration',
+                                      'flags', 'grid', 'help'))
 FIELDS = default.fields()
 every_flag = pytest.mark.parametrize('name', FIELDS)
 

@@ -62,6 +62,10 @@ def test_workers_that_cannot_start(config, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='workers ended, and 4 runs are left'):
     workers.supervise(config, grid.load(config.sweep, config), root)
   assert 'no such device' in (root / 'workers' / '2.txt').read_text()
+  config.sweep_shard = '2/3'  # Another machine may be at the first one.
+  with pytest.raises(ValueError, match='workers/2-of-3 has what they said'):
+    workers.supervise(config, grid.load(config.sweep, config), root)
+  assert (root / 'workers' / '2-of-3' / 'flags.json').is_file()
 
 
 @pytest.mark.slow
