@@ -1,4 +1,4 @@
-"""What a sweep costs beside its steps, and how long a report of many runs takes.
+"""What a sweep costs beside its steps, and what a report of many runs takes.
 
   python benchmarks/sweeps.py
   python benchmarks/sweeps.py --runs 6 --reported 200
@@ -43,7 +43,8 @@ def rows(folder):
 
 def spent(root):
   """Seconds of each run beside its steps, in the order in which they ended."""
-  records = sorted(root.glob('*/run.json'), key=lambda path: path.stat().st_mtime)
+  records = sorted(
+      root.glob('*/run.json'), key=lambda path: path.stat().st_mtime)
   ends = [path.stat().st_mtime for path in records]
   steps = [rows(path.parent)[-1]['elapsed_s'] for path in records]
   return [end - begin - inside for begin, end, inside in zip(

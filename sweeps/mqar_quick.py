@@ -1,4 +1,4 @@
-"""Multi-query recall of 4 pairs, every mixer (after Arora et al. 2023, Zoology).
+"""Multi-query recall of 4 pairs, every mixer (Arora et al. 2023, Zoology).
 
   python main.py --mode=sweep --sweep=sweeps/mqar_quick.py
   python main.py --mode=report --workdir=runs/mqar_quick

@@ -1,11 +1,11 @@
-"""Parity of 3 to 20 bits, tested to 256: who tracks a state (Grazzi et al. 2024).
+"""Parity of 3 to 20 bits, tested to 256: who tracks a state (Grazzi et al.).
 
   python main.py --mode=sweep --sweep=sweeps/parity_quick.py
   python main.py --mode=report --workdir=runs/parity_quick
 
-Published, trained on 3 to 40: the delta rule solves it at every length when beta
-reaches 2, so that an eigenvalue of its transition may be -1; with beta to 1,
-softmax and positive diagonal recurrences stay at chance. The paper's size:
+Published in 2024, trained on 3 to 40: the delta rule solves it at any length if
+beta reaches 2, so that an eigenvalue of its transition may be -1. With beta to
+1, softmax and positive diagonal recurrences stay at chance. The paper's size:
 sweeps/paper_parity.py.
 """
 
