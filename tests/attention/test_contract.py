@@ -35,9 +35,12 @@ HANDOFF = 6
 RELATED = 'gated_deltanet', 'kda'
 
 slow = lambda case: pytest.param(case, marks=pytest.mark.slow)
+# Of one scope, all tests of a case come one after the other: its program is
+# then still there.
 every_case = pytest.mark.parametrize('case', [
     *(slow(c) if c.flags and c.variant in RELATED else c for c in cases.MAIN),
-    *(slow(c) for c in cases.REST if not cases.shared(c))], ids=str)
+    *(slow(c) for c in cases.REST if not cases.shared(c))], ids=str,
+    scope='module')
 every_variant = pytest.mark.parametrize('name', attention.names())
 
 
