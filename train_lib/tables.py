@@ -72,7 +72,10 @@ def _columns(comparison):
   # A quick evaluation says little beside that of the whole split.
   quick = {name for name in found
            if re.sub('^(val_loss|val_accuracy)', r'\1_full', name) in found}
-  return sorted(found - quick - {comparison.metric, 'val_tokens'})
+  by_number = lambda name: [int(part) if part.isdigit() else part
+                            for part in re.split(r'(\d+)', name)]
+  return sorted(found - quick - {comparison.metric, 'val_tokens'},
+                key=by_number)
 
 
 def pairs(comparison):

@@ -20,7 +20,7 @@ def test_nothing_good_is_lost(event, known):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(1, 4))
 @pytest.mark.parametrize('event', events.EVENTS, ids=lambda e: e.__name__)
-def test_nothing_good_is_lost_by_chance(event, seed, known):
-  events.happen(event, seed, known)
+def test_nothing_good_is_lost_by_chance(event, known):
+  """Once more; `python -m tests.faults` goes on for as long as is wanted."""
+  events.happen(event, 1, known)
