@@ -1,5 +1,6 @@
 """Files that are whole and stay: written, synced, then given their name."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -52,6 +53,23 @@ def read_all(folder):
       with open(path, 'rb') as file:
         while file.read(1 << 24):
           pass
+
+
+def keep_newest(folder, most):
+  """Deletes the oldest files of a folder until `most` bytes are left.
+
+  Other processes may do the same: a file that is gone is no error.
+  """
+  found = []
+  for path in pathlib.Path(folder).iterdir():
+    with contextlib.suppress(*ABSENT):
+      stat = path.stat()
+      found.append((stat.st_mtime_ns, stat.st_size, path))
+  kept = 0
+  for _, size, path in sorted(found, reverse=True):
+    kept += size
+    if kept > most:
+      path.unlink(missing_ok=True)
 
 
 def system_error(error):

@@ -29,6 +29,7 @@ from train_lib import sweep_table as table_lib
 
 LOG = 'log.txt'  # What a run would print.
 CLAIM = 'claim'  # The lock of the process whose turn a run is.
+CACHE_BYTES = 4 << 30  # Of compiled programs, the newest ones.
 # Seconds between looks at runs that other processes are at.
 POLL = 3.0
 
@@ -122,6 +123,7 @@ def _share_programs():
   """
   folder = budget.cache_folder()
   folder.mkdir(parents=True, exist_ok=True)
+  disk.keep_newest(folder, CACHE_BYTES)
   for name, value in (
       ('jax_compilation_cache_dir', str(folder)),
       ('jax_persistent_cache_min_compile_time_secs', 0.2),

@@ -53,3 +53,15 @@ def _nested():
 def test_the_system_behind_an_error(error, number):
   found = disk.system_error(error)
   assert (found and found.errno) == number
+
+
+def test_the_newest_files_are_kept(tmp_path):
+  for age, name in enumerate('cba'):
+    (tmp_path / name).write_bytes(b'x' * 10)
+    os.utime(tmp_path / name, (1000 - age, 1000 - age))
+  disk.keep_newest(tmp_path, 30)
+  assert len(list(tmp_path.iterdir())) == 3
+  disk.keep_newest(tmp_path, 25)
+  assert {path.name for path in tmp_path.iterdir()} == {'b', 'c'}
+  disk.keep_newest(tmp_path, 0)
+  assert not list(tmp_path.iterdir())
