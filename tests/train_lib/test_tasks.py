@@ -114,15 +114,15 @@ def test_another_block_size_is_told(tmp_path):
 
 
 # What must solve a task, and soon: (task, flags).
-ROTARY = dict(use_rotary_embeddings=True)
 ORACLES = {
     'copy': ('copy(length=6, vocab=8)', dict(use_abs_pos_embeddings=True)),
     'induction': ('induction(length=16)', dict(attention_variant='ssm')),
     'modular': ('modular(length=4)', dict(
         use_abs_pos_embeddings=True, batch_size=64, max_iters=300)),
     'mqar': ('mqar(length=32, pairs=4, vocab=32)', dict(
-        **ROTARY, batch_size=64, max_iters=400)),
-    'needle': ('needle(length=72, digits=1)', dict(**ROTARY, max_iters=1000)),
+        use_rotary_embeddings=True, batch_size=64, max_iters=400)),
+    'needle': ('needle(length=96, digits=1)', dict(
+        attention_variant='deltanet', max_iters=300)),
     'noisy_recall': ('noisy_recall(length=32, vocab=8, noise_vocab=4)', dict(
         attention_variant='deltanet', max_iters=300)),
     'parity': ('parity(length=20)', dict(
