@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -62,3 +63,12 @@ def start_main(config, workdir, **environment):
       cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
            **environment})
+
+
+def await_checkpoints(process, *folders):
+  """Until every run has one, whichever: the first ones are deleted again."""
+  has_one = lambda folder: any(path.name.isdigit() for path in pathlib.Path(
+      folder).glob('checkpoints/*'))
+  while not all(map(has_one, folders)):
+    time.sleep(0.05)
+    assert process.poll() is None, process.stdout.read()

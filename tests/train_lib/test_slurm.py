@@ -160,9 +160,7 @@ def test_a_job_that_is_preempted_goes_on_when_it_is_requeued(config, cluster):
   config.update(max_iters=200, eval_interval=5, sweep_slurm=2)
   said(config)
   job = start(config, 0)
-  while not os.path.isdir(f'{config.workdir}/{NAMES[0]}/checkpoints/5'):
-    time.sleep(0.05)
-    assert job.poll() is None, job.stdout.read()
+  runs.await_checkpoints(job, f'{config.workdir}/{NAMES[0]}')
   job.send_signal(signal.SIGTERM)
   assert job.wait() == 75
   assert 'runs that are left' in job.stdout.read()

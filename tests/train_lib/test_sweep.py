@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -200,10 +199,7 @@ def test_killed_twice_is_as_never_killed(config):
   config.workdir += '-killed'
   for run in ('causal,seed=1', 'identity,seed=1'):
     process = start(config)
-    while not any(os.path.isdir(f'{config.workdir}/{run}/checkpoints/{step}')
-                  for step in (5, 10, 15, 20, 25)):
-      time.sleep(0.05)
-      assert process.poll() is None
+    runs.await_checkpoints(process, f'{config.workdir}/{run}')
     process.kill()
     process.wait()
   last = start(config)
@@ -226,9 +222,7 @@ def test_two_processes_share_a_sweep(config):
 def test_a_signal_to_the_process(config):
   config.max_iters = 100_000
   process = start(config)
-  while not os.path.isdir(f'{config.workdir}/causal,seed=1/checkpoints/5'):
-    time.sleep(0.05)
-    assert process.poll() is None
+  runs.await_checkpoints(process, f'{config.workdir}/causal,seed=1')
   process.send_signal(signal.SIGTERM)
   assert process.wait() == 75
   assert 'runs that are left' in process.stdout.read()

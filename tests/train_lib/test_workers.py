@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import time
 
 import pytest
 
@@ -91,9 +90,7 @@ def test_a_signal_ends_the_workers(config):
   config.update(max_iters=100_000, sweep_workers=2)
   process = start(config)
   two = [f'{config.workdir}/{name}' for name in NAMES[:2]]
-  while not all(os.path.isdir(f'{run}/checkpoints/5') for run in two):
-    time.sleep(0.05)
-    assert process.poll() is None
+  runs.await_checkpoints(process, *two)
   process.send_signal(signal.SIGTERM)
   assert process.wait() == 75
   assert 'runs that are left' in process.stdout.read()
