@@ -155,7 +155,7 @@ def _axis(run):
 def _state(comparison):
   from matplotlib import ticker
   figure, axes = _figure('state, bytes', comparison.metric)
-  sizes = []
+  sizes, points = [], []
   for variant, (label, colour, _) in zip(
       comparison.variants, legend(comparison)):
     size = variant.best.runs[0].state_bytes()
@@ -163,8 +163,7 @@ def _state(comparison):
       sizes.append(size)
       axes.errorbar(size, variant.best.mean, variant.best.deviation,
                     fmt='o', color=colour, capsize=3)
-      axes.annotate(label, (size, variant.best.mean), xytext=(6, 4),
-                    textcoords='offset points', fontsize=8)
+      points.append((size, variant.best.mean, label, colour))
   if all(sizes):
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -173,7 +172,23 @@ def _state(comparison):
     axes.set_xscale('symlog', linthresh=min(filter(None, sizes), default=1))
   axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
   axes.margins(x=0.25)
+  _name(axes, points)
   return _svg(figure, f'{comparison.metric} against bytes of state')
+
+
+def _name(axes, points):
+  """Writes labels beside points (x, y, label, colour), none over another."""
+  axes.autoscale_view()
+  placed = []  # (left, right, height) in points.
+  for x, y, label, colour in sorted(points, key=lambda point: -point[1]):
+    left, up = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+    right, lift = left + 4.5 * len(label), 4
+    while any(left < end and start < right and abs(up + lift - height) < 9
+              for start, end, height in placed):
+      lift -= 3
+    placed.append((left, right, up + lift))
+    axes.annotate(label, (x, y), xytext=(6, lift), fontsize=8, color=colour,
+                  textcoords='offset points')
 
 
 def _rates(comparison):
