@@ -3,8 +3,8 @@
 import collections
 import dataclasses
 import itertools
-import re
 import statistics
+import types
 
 import attention
 from configs import default, grid
@@ -44,9 +44,13 @@ class Cell:
     """The standard deviation over the seeds; None of a single one."""
     return statistics.stdev(self.scores) if len(self.runs) > 1 else None
 
+  def values(self, name):
+    """The last ones of a column, of the runs that have it."""
+    return [run.last[name] for run in self.runs if name in run.last]
+
   def column(self, name):
     """The mean of a column over the runs that have it, or None."""
-    found = [run.last[name] for run in self.runs if name in run.last]
+    found = self.values(name)
     return statistics.fmean(found) if found else None
 
 
@@ -180,20 +184,21 @@ def _telling(apart, values):
 
 
 def _label(told, given):
-  layers = given['attention_list'] or [given['attention_variant']]
-  # A flag of other variants says nothing of this one.
-  foreign = {flag for flag in told if attention.users(flag) and not any(
-      flag in layer for layer in _honoured(layers))}
-  return ', '.join([' '.join(layers)] + [
-      f'{flag}={given[flag]}' for flag in told
-      if flag not in _LAYERS and flag not in foreign])
+  layers = given['attention_list']
+  parts = [' '.join(layers) if layers else given['attention_variant']]
+  parts += [f'{flag}={given[flag]}' for flag in told
+            if flag not in _LAYERS and _says_something(flag, given)]
+  return ', '.join(parts)
 
 
-def _honoured(layers):
-  """The flags of the variant of each layer of a saved attention_list."""
-  names = (re.findall(r'[a-z]\w*', layer)[0] for layer in layers)
-  return [attention.flags(name) if name in attention.names() else ()
-          for name in names]
+def _says_something(flag, given):
+  """Whether a flag is no variant's own, or that of a layer of the run."""
+  users = attention.users(flag)
+  try:
+    layers = attention.listed(types.SimpleNamespace(**given))
+  except ValueError:  # Of a variant that is not here.
+    return True
+  return not users or any(layer.variant in users for layer in layers)
 
 
 def _pairs(variants, metric):

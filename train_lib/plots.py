@@ -17,6 +17,7 @@ STYLES = tuple(DASHES)
 # Stands for the page's own colour of text until the plot is text itself.
 INK = '#010203'
 SIZE = 4.6, 3.2  # Inches, of which a page makes what it has room for.
+ROW = 13  # Points from one line of a key to the next.
 
 
 def matplotlib():
@@ -40,7 +41,7 @@ def plots(comparison):
   """[(title, what it shows, SVG)] of a comparison."""
   matplotlib()
   column = comparison.metric.removesuffix('_full')
-  found = []
+  found = _slices(comparison)
   for x, of in (('steps', lambda run, row: row['step']),
                 ('tokens', lambda run, row: row.get('tokens')),
                 ('seconds', lambda run, row: row.get('elapsed_s')),
@@ -49,7 +50,6 @@ def plots(comparison):
     if svg:
       found.append((f'{column} over {x}', 'Thick: the mean over the seeds at '
                     'the best learning rate; thin: each seed.', svg))
-  found[:0] = _slices(comparison)
   svg = _curves(comparison, 'loss', 'steps', lambda run, row: row['step'])
   if svg:
     found.append(('training loss over steps', 'As above.', svg))
@@ -103,7 +103,8 @@ def _curves(comparison, column, x, of):
 
 def _slices(comparison):
   """[(title, what it shows, SVG)] of the score over what slices change."""
-  axis = _axis(comparison.variants[0].best.runs[0])
+  first = comparison.variants[0]
+  axis = _axis(first.best.runs[0])
   if axis is None:
     return []
   option, parts = axis
@@ -116,16 +117,14 @@ def _slices(comparison):
       comparison.variants, legend(comparison)):
     points = []
     for mark, (value, _) in parts.items():
-      scores = [run.last[comparison.metric + mark] for run in variant.best.runs
-                if comparison.metric + mark in run.last]
-      if scores:
+      scores = variant.best.values(comparison.metric + mark)
+      if scores and variant.data == first.data:
         points.append((value, statistics.fmean(scores), (
             statistics.stdev(scores) if len(scores) > 1 else 0.0)))
     if points:
       axes.errorbar(*zip(*sorted(points)), color=colour, linestyle=style,
                     capsize=2, marker='.')
-  if results.higher_is_better(comparison.metric):
-    axes.plot(*zip(*sorted(parts.values())), ':', color=INK, alpha=0.6)
+  axes.plot(*zip(*sorted(parts.values())), ':', color=INK, alpha=0.6)
   trained, _ = parts['']
   return [(f'{comparison.metric} against {option}', f'Trained at {trained}; '
            'dotted: chance; bars: standard deviation over the seeds.',
@@ -242,9 +241,6 @@ def _svg(figure, title):
       f'<svg role="img" aria-label="{title}" viewBox="0 0 {width} {height}" '
       'xmlns="http://www.w3.org/2000/svg" '
       'xmlns:xlink="http://www.w3.org/1999/xlink">'), svg, count=1)
-
-
-ROW = 13  # Points from one line of a key to the next.
 
 
 def standalone(svg, comparison):

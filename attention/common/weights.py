@@ -37,6 +37,7 @@ def _of(*variants):
 _consmax, _saturating = _of(*CONSMAX), _of('saturatingconsmax')
 _polymax, _exppolymax = _of(*POLYMAX), _of('exppolymax')
 _strongermax, _pfla = _of('strongermax'), _of('pfla_softmax')
+_of_sum = functools.partial(option, needs=('strongermax_div_by_sum_of_terms',))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +110,12 @@ class Weights(flags.ScoreBias, flags.Lobo, flags.Flash):
       False, 'scores are at most strongermax_clamp_value')
   strongermax_clamp_value: float = option(
       88.0, 'largest score', needs=('strongermax_clamping',))
-  strongermax_obo: float = option(
-      0.0, 'added to the sum of weights', at_least=0,
-      needs=('strongermax_div_by_sum_of_terms',))
-  strongermax_use_learned_obo: bool = option(
-      False, 'strongermax_obo is learned, one a layer',
-      needs=('strongermax_div_by_sum_of_terms',))
-  strongermax_use_learned_obo_per_head: bool = option(
-      False, 'strongermax_obo is learned, one a head',
-      needs=('strongermax_div_by_sum_of_terms',))
+  strongermax_obo: float = _of_sum(
+      0.0, 'added to the sum of weights', at_least=0)
+  strongermax_use_learned_obo: bool = _of_sum(
+      False, 'strongermax_obo is learned, one a layer')
+  strongermax_use_learned_obo_per_head: bool = _of_sum(
+      False, 'strongermax_obo is learned, one a head')
   strongermax_temperature_factor: float = _strongermax(
       1.0, 'divides the scores', above=0)
   strongermax_use_learned_temperature_factor: bool = _strongermax(

@@ -97,7 +97,8 @@ SETTINGS = {
     'attn_logit_softcapping': [dict(attn_logit_softcapping=0.7)],
     'attn_xsa': [dict(attn_xsa=True)],
     'attn_gate': [dict(attn_gate='element'), dict(attn_gate='head')],
-    'window_size': [dict(window_size=4), dict(window_size=2)],
+    'window_size': [
+        dict(window_size=4), dict(window_size=2), dict(window_size=1)],
     'use_alibi': [dict(use_alibi=True)],
     'use_forget_gate': [dict(use_forget_gate=True)],
     'forget_gate_bias_init': [
@@ -235,7 +236,7 @@ def main(variant):
   return rows + [Case(variant, '', tuple(together.items()))] * bool(together)
 
 
-def together(variant, flags):
+def fits(variant, flags):
   """Whether flags can be set at once."""
   try:
     attention.check(config(attention_variant=variant, **flags))
@@ -247,10 +248,12 @@ def together(variant, flags):
 def rest(variant):
   """Rows of flags until every value of main's and of `single` is in one.
 
-  A row takes, in order, all that goes together with what it has.
+  But for a window of one token, in which most others mean nothing. A row takes,
+  in order, all that goes together with what it has.
   """
   covered = [dict(case.flags) for case in main(variant)]
-  left = [dict(case.flags) for case in single(variant)]
+  left = [dict(case.flags) for case in single(variant)
+          if dict(case.flags).get('window_size') != 1]
   left = [flags for flags in left
           if not any(flags.items() <= row.items() for row in covered)]
   rows = []
@@ -258,7 +261,7 @@ def rest(variant):
     row, later = {}, []
     for flags in left:
       same = all(row.get(flag, value) == value for flag, value in flags.items())
-      if same and together(variant, row | flags):
+      if same and fits(variant, row | flags):
         row |= flags
       else:
         later.append(flags)

@@ -122,6 +122,19 @@ def test_slices_have_columns(tmp_path):
       tmp_path / 'report/report.md').read_text()
 
 
+def test_columns_are_those_of_the_whole_split_by_their_numbers(tmp_path):
+  slices = {f'val_accuracy{full}[length={n}]': 0.5
+            for n in (128, 64, 1024) for full in ('', '_full')}
+  folders.write(tmp_path / 'a', 0.9, metric='val_accuracy_full', more=slices)
+  report(tmp_path)
+  text = (tmp_path / 'report/report.md').read_text()
+  head = next(
+      line for line in text.splitlines() if line.startswith('| variant'))
+  assert [cell for cell in head.split(' | ') if 'length' in cell] == [
+      f'val_accuracy_full[length={n}]' for n in (64, 128)] + [
+          'val_accuracy_full[length=1024] |']
+
+
 def test_slices_of_a_task_are_a_plot(tmp_path):
   """Over the option that tells them apart, with what training had."""
   for seed, score in enumerate((0.9, 0.8)):
@@ -136,6 +149,20 @@ def test_slices_of_a_task_are_a_plot(tmp_path):
   assert 'val_accuracy_full against length.</b> Trained at 30;' in page
   plot = (tmp_path / 'report/val_accuracy_full-against-length.svg').read_text()
   assert all(f'>{length}<' in plot for length in (30, 60, 120))
+
+
+def test_slices_of_another_task_are_not_in_the_plot(tmp_path):
+  for name, score in (('parity', 0.9), ('copy', 0.3)):
+    folders.write(
+        tmp_path / name, score, metric='val_accuracy_full',
+        dataset=f'task:{name}(length=8)', eval_slices=['length=16'],
+        more={'val_accuracy_full[length=16]': score / 2})
+  report(tmp_path)
+  page = (tmp_path / 'report/index.html').read_text()
+  before, _, _ = page.partition('val_accuracy_full against length.</b>')
+  figure = before.rpartition('<figure>')[2]
+  # The colours of the better one, and of the other.
+  assert '#0072b2' in figure and '#d55e00' not in figure
 
 
 def test_plots_are_files_with_their_key_too(folder):
